@@ -1,0 +1,143 @@
+"""Train a DQN on an Atari game: python main.py [--CONSTANT=value ...]
+
+One step is one decision of the agent in one game, FRAME_SKIP emulator frames. NUM_ENVS games advance together, so one
+iteration of the loop is NUM_ENVS steps. Every count below is in steps unless it says otherwise.
+"""
+
+import sys
+
+from tqdm import tqdm
+
+import utils_config
+from utils_drl import Agent
+from utils_env import AtariEnv
+from utils_memory import PrioritizedReplayMemory, ReplayMemory
+
+# The experiment
+GAME: str = "breakout"  # any game of ale-py; ALE/Breakout-v5 and BreakoutNoFrameskip-v4 mean the same one
+SEED: int = 0  # same seed, same run (on a CPU bit for bit)
+MAX_STEPS: int = 10_000_000  # steps; 50_000_000 are the 200M frames of Mnih et al. 2015
+NUM_ENVS: int = 32  # games in step; more of them feed the emulators' threads better, and learn in coarser turns
+STACK_SIZE: int = 4  # frames the agent sees, so that it sees motion
+FRAME_SKIP: int = 4  # emulator frames per step
+
+# The algorithm
+GAMMA: float = 0.99  # discount per step
+EPS_START: float = 1.0  # probability of a random action at first ...
+EPS_END: float = 0.1  # ... and in the end,
+EPS_DECAY: int = 1_000_000  # steps of training over which it falls linearly
+BATCH_SIZE: int = 32  # transitions per update
+POLICY_UPDATE: int = 4  # steps per update
+TARGET_UPDATE: int = 10_000  # steps between copies of the policy into the target network
+WARM_STEPS: int = 50_000  # steps of random play before learning starts
+MEM_SIZE: int = 100_000  # steps the replay memory keeps, 7.1 kB each
+LEARNING_RATE: float = 6.25e-5  # of Adam
+ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
+PRIORITIZED: bool = False  # replay surprising transitions more often (Schaul et al. 2016)
+ALPHA: float = 0.5  # how much more often: 0 is uniform, 1 in proportion to the TD error
+BETA_START: float = 0.4  # how far importance weights correct for it at first; 1 (fully) after MAX_STEPS
+DOUBLE_DQN: bool = False  # the policy network chooses the action that the target network values
+DUELING: bool = False  # separate streams for the state's value and the actions' advantages
+N_STEP: int = 1  # rewards summed before bootstrapping
+QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's, 1 is the classic loss
+
+# Measuring
+EVALUATE_FREQ: int = 100_000  # steps between evaluations
+EVAL_EPISODES: int = 10  # games per evaluation
+EVAL_EPS: float = 0.05  # probability of a random action in them; never 0, or a greedy Breakout agent may wait for ever
+RENDER: bool = False  # write one evaluation game as pictures and an animation, eval_000/ and eval_000.gif
+SAVE_PREFIX: str = "./models"  # directory of the models
+
+# The machine
+DEVICE: str = "auto"  # cuda when there is one, else mps, else cpu
+PRECISION: str = "auto"  # arithmetic of the networks: float32, bfloat16, or bfloat16 where the hardware is made for it
+
+
+def main() -> None:
+    utils_config.check(globals())
+    device = utils_config.choose_device(DEVICE)
+    Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
+    storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
+    models = utils_config.open_results(SAVE_PREFIX)
+    print(sentence, file=sys.stderr)
+
+    env = AtariEnv(GAME, NUM_ENVS, device, stack_size=STACK_SIZE, frame_skip=FRAME_SKIP)
+    agent = Agent(
+        env.get_action_dim(),
+        device,
+        stack_size=STACK_SIZE,
+        learning_rate=LEARNING_RATE,
+        adam_eps=ADAM_EPS,
+        eps_start=EPS_START,
+        eps_end=EPS_END,
+        eps_decay=EPS_DECAY,
+        double_dqn=DOUBLE_DQN,
+        dueling=DUELING,
+        quantiles=QUANTILES,
+        dtype=utils_config.choose_dtype(PRECISION, device),
+        seed=SEED,
+    )
+    priorities = {"alpha": ALPHA, "beta_start": BETA_START, "beta_steps": MAX_STEPS} if PRIORITIZED else {}
+    memory = Memory(
+        MEM_SIZE,
+        NUM_ENVS,
+        stack_size=STACK_SIZE,
+        n_step=N_STEP,
+        gamma=GAMMA,
+        device=storage,
+        learner_device=device,
+        seed=SEED,
+        **priorities,
+    )
+
+    def evaluate(number: int, step: int) -> None:
+        scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
+        rewards.write(f"{number:3d} {step:8d} {scores.mean():.1f}\n")
+        rewards.flush()
+        agent.save(models / f"model_{number:03d}", game=env.game, step=step, score=float(scores.mean()))
+        if RENDER:
+            env.save_recording(f"eval_{number:03d}")
+
+    with open("rewards.txt", "w") as rewards, tqdm(total=MAX_STEPS, unit=" steps") as progress:
+        evaluate(0, 0)
+        states, row = env.reset(seed=[SEED, 0, 0])
+        memory.push(row)
+        loss = None
+        for step in range(NUM_ENVS, MAX_STEPS + NUM_ENVS, NUM_ENVS):
+            training = len(memory) > WARM_STEPS
+            actions = agent.run(states, training)  # the only wait for the device: it hands over the actions ...
+            env.send(actions)  # ... the emulators start on their own threads ...
+            if due(step, SHOW_FREQ):
+                show(progress, agent, env, loss)
+            if training:
+                for _ in range(due(step, POLICY_UPDATE)):  # ... and the learner works meanwhile
+                    loss = agent.learn(memory, BATCH_SIZE)
+            states, row = env.recv()
+            memory.push(row)
+            if due(step, TARGET_UPDATE):
+                agent.sync()
+            if due(step, EVALUATE_FREQ):
+                evaluate(step // EVALUATE_FREQ, step)
+            elif step >= MAX_STEPS:
+                evaluate(step // EVALUATE_FREQ + 1, step)
+            progress.update(min(NUM_ENVS, MAX_STEPS - progress.n))
+
+
+SHOW_FREQ = 1_000  # steps between looks at the loss for the bar; the device is idle then, so they cost next to nothing
+
+
+def due(step: int, every: int) -> int:
+    """How many multiples of `every` the iteration that ends at `step` has passed."""
+    return step // every - (step - NUM_ENVS) // every
+
+
+def show(progress: tqdm, agent: Agent, env: AtariEnv, loss) -> None:
+    """Put epsilon, the last finished game's score and the last loss beside the bar."""
+    del env.finished_scores[:-1]
+    score = f"{env.finished_scores[0]:.0f}" if env.finished_scores else "-"
+    loss = "-" if loss is None else f"{float(loss):.4f}"
+    progress.set_postfix_str(f"epsilon {agent.epsilon:.3f}, score {score}, loss {loss}", refresh=False)
+
+
+if __name__ == "__main__":
+    sys.exit(utils_config.run(main, globals()))

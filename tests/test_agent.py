@@ -1,0 +1,806 @@
+"""The agent: its learning step against a second one written from the equations, its actions, its files."""
+
+import functools
+import math
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from utils_drl import Agent
+from utils_types import Batch
+
+ACTIONS = 4
+BATCH_SIZE = 6
+CASES = [
+    pytest.param(
+        SimpleNamespace(
+            double_dqn=double, dueling=dueling, quantiles=quantiles, prioritized=prioritized, n_step=n_step
+        ),
+        id=f"{'double' if double else 'single'}-{'dueling' if dueling else 'plain'}-q{quantiles}"
+        f"-{'prioritized' if prioritized else 'uniform'}-{n_step}step",
+    )
+    for double in (False, True)
+    for dueling in (False, True)
+    for quantiles in (1, 5)
+    for prioritized, n_step in ((False, 1), (True, 3))
+]
+HALF = [case for case in CASES if case.values[0].prioritized == case.values[0].double_dqn]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The work is small: a second thread gains nothing, and waits long where other programs use the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class FakeMemory:
+    """Hands out the given batches in turn and keeps what the agent says about them."""
+
+    def __init__(self, batches):
+        self.batches = list(batches)
+        self.sizes = []
+        self.updates = []
+
+    def sample(self, batch_size):
+        self.sizes.append(batch_size)
+        return self.batches[(len(self.sizes) - 1) % len(self.batches)]
+
+    def update_priorities(self, indices, td_errors):
+        self.updates.append((indices.clone(), td_errors))
+
+
+def make_states(count, seed=0):
+    """Blocky random pictures: coarse enough that two of them give clearly different values."""
+    blocks = torch.randint(0, 256, (count, 4, 7, 7), generator=torch.Generator().manual_seed(seed))
+    return blocks.repeat_interleave(12, 2).repeat_interleave(12, 3).to(torch.uint8)
+
+
+def make_batch(seed=0, prioritized=True, n_step=3):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, n_step + 1, (BATCH_SIZE,), generator=generator)
+    discounts = 0.99**lengths
+    discounts[1] = 0  # a life ended
+    weights = torch.rand(BATCH_SIZE, generator=generator) + 0.01 if prioritized else torch.ones(BATCH_SIZE)
+    if prioritized:
+        weights[2] = 0  # no valid slot was found for this one
+    return Batch(
+        states=make_states(BATCH_SIZE, 2 * seed + 10),
+        actions=torch.randint(0, ACTIONS, (BATCH_SIZE,), generator=generator),
+        returns=2 * torch.randn(BATCH_SIZE, generator=generator),
+        next_states=make_states(BATCH_SIZE, 2 * seed + 11),
+        discounts=discounts,
+        weights=weights,
+        indices=torch.randint(0, 10**12, (BATCH_SIZE,), generator=generator),
+    )
+
+
+@functools.cache
+def make_values(shapes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = {}
+    for name, shape in shapes:
+        scale = 0.1 if name.endswith("bias") else (2 / math.prod(shape[1:])) ** 0.5
+        values[name] = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return values
+
+
+def fill(model, seed):
+    """Random parameters of a usual size, biases included, so that policy and target disagree."""
+    model.load_state_dict(make_values(tuple((name, value.shape) for name, value in model.state_dict().items()), seed))
+
+
+def make_agent(*, dtype=torch.float64, **options):
+    agent = Agent(ACTIONS, dtype=dtype, **options)
+    fill(agent.policy, 1)
+    fill(agent.target, 2)
+    return agent
+
+
+def snapshot(model):
+    return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- the learning step a second time, from the equations
+
+
+def forward(p, states, quantiles):
+    x = states.double() / 255
+    for layer, stride in (("conv1", 4), ("conv2", 2), ("conv3", 1)):
+        x = F.relu(F.conv2d(x, p[f"{layer}.weight"], stride=stride))
+    x = x.flatten(1)
+    q = F.linear(F.relu(F.linear(x, p["hidden.weight"], p["hidden.bias"])), p["output.weight"], p["output.bias"])
+    q = q.view(len(states), -1, quantiles)
+    if "value_hidden.weight" in p:
+        x = F.relu(F.linear(x, p["value_hidden.weight"], p["value_hidden.bias"]))
+        v = F.linear(x, p["value_output.weight"], p["value_output.bias"])
+        q = v.unsqueeze(1) + q - q.mean(1, keepdim=True)
+    return q  # [B, A, quantiles]
+
+
+def expected_values(policy, target, batch, quantiles, double):
+    """The values of the actions taken, [B, quantiles], and what they should become, [B, quantiles]."""
+    rows = torch.arange(len(batch.actions))
+    theta = forward(policy, batch.states, quantiles)[rows, batch.actions]
+    with torch.no_grad():
+        next_q = forward(target, batch.next_states, quantiles)
+        best = (forward(policy, batch.next_states, quantiles) if double else next_q).mean(2).argmax(1)
+        y = batch.returns.double()[:, None] + batch.discounts.double()[:, None] * next_q[rows, best]
+    return theta, y
+
+
+def expected_loss(policy, target, batch, quantiles, double):
+    theta, y = expected_values(policy, target, batch, quantiles, double)
+    losses = torch.zeros(len(theta), dtype=torch.float64)
+    for i in range(quantiles):
+        for j in range(quantiles):
+            u = y[:, j] - theta[:, i]
+            huber = torch.where(u.abs() < 1, u**2 / 2, u.abs() - 0.5)
+            losses = losses + 2 * ((i + 0.5) / quantiles - (u < 0).double()).abs() * huber / quantiles
+    return (batch.weights.double() * losses).mean(), (theta.mean(1) - y.mean(1)).detach()
+
+
+class Oracle:
+    def __init__(self, agent, *, quantiles=1, double_dqn=False, learning_rate=6.25e-5, adam_eps=1.5e-4):
+        self.parameters = {name: value.double() for name, value in snapshot(agent.policy).items()}
+        self.target = {name: value.double() for name, value in snapshot(agent.target).items()}
+        self.m = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        self.v = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
+        self.t, self.lr, self.eps = 0, learning_rate, adam_eps
+        self.quantiles, self.double = quantiles, double_dqn
+
+    def gradients(self, batch):
+        """Loss, TD errors, and gradients before the clamp."""
+        leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
+        loss, td_errors = expected_loss(leaves, self.target, batch, self.quantiles, self.double)
+        gradients = torch.autograd.grad(loss, list(leaves.values()))
+        return loss.detach(), td_errors, dict(zip(leaves, gradients, strict=True))
+
+    def learn(self, batch):
+        """The same, and one step of Adam with the clamped gradients."""
+        loss, td_errors, raw = self.gradients(batch)
+        self.t += 1
+        for name, g in raw.items():
+            g = g.clamp(-1, 1)
+            m, v = self.m[name], self.v[name]
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.999).addcmul_(g, g, value=0.001)
+            root = (v / (1 - 0.999**self.t)).sqrt_().add_(self.eps)
+            self.parameters[name].addcdiv_(m, root, value=-self.lr / (1 - 0.9**self.t))
+        return loss, td_errors, raw
+
+
+def close(actual, expected, tolerance=1e-9):
+    torch.testing.assert_close(actual.detach().double(), expected, rtol=0, atol=tolerance)
+
+
+def all_close(actual, expected, tolerance=1e-9):
+    assert set(actual) == set(expected)
+    for name, value in expected.items():
+        difference = (actual[name].detach().double() - value).abs().max().item()
+        assert difference <= tolerance, (name, difference)
+
+
+def policy_gradients(agent):
+    return {name: parameter.grad.detach().clone() for name, parameter in agent.policy.named_parameters()}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def step(request):
+    """One learning step in float64, and the same by the oracle."""
+    case = request.param
+    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles}
+    agent = make_agent(dueling=case.dueling, **options)
+    batch = make_batch(prioritized=case.prioritized, n_step=case.n_step)
+    oracle, memory = Oracle(agent, **options), FakeMemory([batch])
+    loss, td_errors, raw = oracle.learn(batch)
+    actual_loss = agent.learn(memory, BATCH_SIZE)
+    return SimpleNamespace(**locals())
+
+
+def test_the_oracle_is_put_to_cases_that_tell_the_variants_apart():
+    batches = [make_batch(), make_batch(1), make_batch(2, False, 1)]
+    batch = batches[0]
+    assert len(set(batch.discounts.tolist())) > 2
+    agent = make_agent()
+    policy, target = snapshot(agent.policy), snapshot(agent.target)
+    td_errors = torch.cat([expected_loss(policy, target, b, 1, False)[1] for b in batches])
+    for some in (td_errors > 1, (td_errors > 0) & (td_errors < 1), (td_errors < 0) & (td_errors > -1), td_errors < -1):
+        assert some.any()
+    for dueling in (False, True):
+        for quantiles in (1, 5):
+            agent = make_agent(dueling=dueling, quantiles=quantiles)
+            ours, theirs = (
+                forward(snapshot(model), batch.next_states, quantiles) for model in (agent.policy, agent.target)
+            )
+            assert (ours.mean(2).argmax(1) != theirs.mean(2).argmax(1))[batch.discounts > 0].any()
+            if quantiles > 1:
+                assert (theirs.mean(2).argmax(1) != theirs[:, :, 2].argmax(1)).any()
+
+
+def test_loss_equals_the_equations(step):
+    assert step.actual_loss.shape == ()
+    assert step.actual_loss.dtype == torch.float64
+    close(step.actual_loss, step.loss)
+
+
+def test_memory_gets_the_unweighted_td_errors_of_the_batch_it_gave(step):
+    assert step.memory.sizes == [BATCH_SIZE]
+    ((indices, td_errors),) = step.memory.updates
+    assert torch.equal(indices, step.batch.indices)
+    assert td_errors.shape == (BATCH_SIZE,)
+    assert not td_errors.requires_grad
+    close(td_errors, step.td_errors)
+
+
+def test_gradients_equal_those_of_the_equations_up_to_the_clamp(step):
+    all_close(policy_gradients(step.agent), {name: gradient.clamp(-1, 1) for name, gradient in step.raw.items()})
+
+
+def test_parameters_after_one_update_equal_adam_by_its_formula(step):
+    all_close(snapshot(step.agent.policy), step.oracle.parameters)
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_gradients_below_one_are_left_as_they_are(case):
+    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles}
+    agent = make_agent(dueling=case.dueling, **options)
+    batch = make_batch(3, prioritized=case.prioritized, n_step=case.n_step)
+    batch = batch._replace(weights=0.02 * batch.weights)
+    _, _, raw = Oracle(agent, **options).gradients(batch)
+    assert 0.001 < max(gradient.abs().max() for gradient in raw.values()) < 1
+    agent.learn(FakeMemory([batch]), BATCH_SIZE)
+    all_close(policy_gradients(agent), raw)
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_each_gradient_above_one_is_clamped_by_itself(case):
+    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles}
+    agent = make_agent(dueling=case.dueling, **options)
+    batch = make_batch(3, prioritized=case.prioritized, n_step=case.n_step)
+    batch = batch._replace(weights=300 * batch.weights)
+    oracle = Oracle(agent, **options)
+    _, _, raw = oracle.learn(batch)
+    mixed = [(g > 1).any() and (g < -1).any() and ((g.abs() > 0) & (g.abs() < 1)).any() for g in raw.values()]
+    assert sum(mixed) >= 3
+    agent.learn(FakeMemory([batch]), BATCH_SIZE)
+    all_close(policy_gradients(agent), {name: gradient.clamp(-1, 1) for name, gradient in raw.items()})
+    all_close(snapshot(agent.policy), oracle.parameters)
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_ten_updates_equal_the_equations(case):
+    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles, "learning_rate": 1e-3, "adam_eps": 1e-3}
+    agent = make_agent(dueling=case.dueling, **options)
+    oracle = Oracle(agent, **options)
+    batches = [make_batch(seed, case.prioritized, case.n_step) for seed in range(3)]
+    batches[1] = batches[1]._replace(weights=100 * batches[1].weights)  # some of the gradients meet the clamp
+    memory = FakeMemory(batches)
+    before = snapshot(agent.policy)
+    for k in range(10):
+        loss, td_errors, _ = oracle.learn(batches[k % 3])
+        close(agent.learn(memory, BATCH_SIZE), loss)
+        close(memory.updates[k][1], td_errors)
+    assert len(memory.updates) == 10
+    assert (snapshot(agent.policy)["conv1.weight"] - before["conv1.weight"]).abs().max() > 1e-3
+    all_close(snapshot(agent.policy), oracle.parameters)
+
+
+def test_adam_defaults_are_those_of_the_classic_recipe():
+    agent = make_agent()
+    oracle, batch = Oracle(agent, learning_rate=6.25e-5, adam_eps=1.5e-4), make_batch(4)
+    for _ in range(2):
+        oracle.learn(batch)
+        agent.learn(FakeMemory([batch]), BATCH_SIZE)
+    all_close(snapshot(agent.policy), oracle.parameters)
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_one_quantile_is_the_classic_smooth_l1_loss(double):
+    agent, batch = make_agent(double_dqn=double, quantiles=1), make_batch(5)
+    theta, y = expected_values(snapshot(agent.policy), snapshot(agent.target), batch, 1, double)
+    classic = (batch.weights.double() * F.smooth_l1_loss(theta[:, 0], y[:, 0], reduction="none")).mean()
+    close(agent.learn(FakeMemory([batch]), BATCH_SIZE), classic, 1e-14)
+
+
+def test_equal_quantiles_cost_their_number_times_the_classic_loss():
+    """sum over i of 2 * |tau_i - 1{u < 0}| is the number of quantiles for either sign of u."""
+    classic, agent, batch = make_agent(), make_agent(quantiles=5), make_batch(6)
+    for few, many in ((classic.policy, agent.policy), (classic.target, agent.target)):
+        values = few.state_dict()
+        values["output.weight"] = values["output.weight"].repeat_interleave(5, 0)
+        values["output.bias"] = values["output.bias"].repeat_interleave(5, 0)
+        many.load_state_dict(values)
+    close(agent.learn(FakeMemory([batch]), BATCH_SIZE), 5 * classic.learn(FakeMemory([batch]), BATCH_SIZE))
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_no_gradient_flows_through_the_td_target(double):
+    """Where the next state is the state, a target that is not cut off would pull on the same values."""
+    agent = make_agent(double_dqn=double)
+    agent.sync()
+    batch = make_batch(7)
+    batch = batch._replace(next_states=batch.states, discounts=torch.full((BATCH_SIZE,), 0.99))
+    _, _, raw = Oracle(agent, double_dqn=double).gradients(batch)
+    agent.learn(FakeMemory([batch]), BATCH_SIZE)
+    all_close(policy_gradients(agent), {name: gradient.clamp(-1, 1) for name, gradient in raw.items()})
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in agent.target.parameters())
+
+
+def test_next_state_of_an_ended_life_does_not_matter():
+    batch = make_batch(8)
+    batch = batch._replace(discounts=torch.zeros(BATCH_SIZE))
+    other = batch._replace(next_states=make_states(BATCH_SIZE, 999))
+    first, second = make_agent(), make_agent()
+    assert torch.equal(first.learn(FakeMemory([batch]), BATCH_SIZE), second.learn(FakeMemory([other]), BATCH_SIZE))
+    assert same(snapshot(first.policy), snapshot(second.policy))
+
+
+def test_a_transition_of_weight_zero_teaches_nothing():
+    batch = make_batch(9)
+    other = batch._replace(returns=batch.returns + 7 * (batch.weights == 0))
+    first, second = make_agent(), make_agent()
+    first.learn(FakeMemory([batch]), BATCH_SIZE)
+    second.learn(FakeMemory([other]), BATCH_SIZE)
+    assert not torch.equal(batch.returns, other.returns)
+    assert same(snapshot(first.policy), snapshot(second.policy))
+
+
+def test_learning_leaves_the_batch_unchanged():
+    agent, batch = make_agent(), make_batch()
+    agent.learn(FakeMemory([batch]), BATCH_SIZE)
+    for actual, expected in zip(batch, make_batch(), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("double", "dueling", "quantiles"), [(False, False, 1), (True, True, 5)])
+def test_float32_learning_step_stays_within_rounding_of_the_equations(double, dueling, quantiles):
+    options = {"double_dqn": double, "quantiles": quantiles}
+    agent, batch = make_agent(dtype=torch.float32, dueling=dueling, **options), make_batch()
+    memory = FakeMemory([batch])
+    loss, td_errors, raw = Oracle(agent, **options).gradients(batch)
+    actual = agent.learn(memory, BATCH_SIZE)
+    assert actual.dtype == torch.float32
+    close(actual, loss, 1e-4)
+    close(memory.updates[0][1], td_errors, 1e-4)
+    for name, gradient in policy_gradients(agent).items():
+        expected = raw[name].clamp(-1, 1)
+        assert (gradient - expected).norm() < 1e-3 * expected.norm(), name
+
+
+@pytest.mark.parametrize(("double", "dueling", "quantiles"), [(False, False, 1), (True, True, 5)])
+def test_bfloat16_learning_step_stays_near_the_equations_with_float32_parameters(double, dueling, quantiles):
+    options = {"double_dqn": double, "quantiles": quantiles}
+    agent, batch = make_agent(dtype=torch.bfloat16, dueling=dueling, **options), make_batch()
+    memory = FakeMemory([batch])
+    loss, td_errors, raw = Oracle(agent, **options).gradients(batch)
+    actual = agent.learn(memory, BATCH_SIZE)
+    assert actual.dtype == torch.float32
+    assert {parameter.dtype for parameter in agent.policy.parameters()} == {torch.float32}
+    close(actual, loss, 0.05)
+    close(memory.updates[0][1], td_errors, 0.08)
+    for name, gradient in policy_gradients(agent).items():
+        expected = raw[name].clamp(-1, 1)
+        assert (gradient - expected).norm() < 0.1 * expected.norm(), name
+
+
+def test_learning_lowers_the_loss_of_a_batch_it_sees_again():
+    agent, memory = make_agent(dtype=torch.float32, learning_rate=1e-3), FakeMemory([make_batch(prioritized=False)])
+    losses = [agent.learn(memory, BATCH_SIZE).item() for _ in range(25)]
+    assert losses[-1] < 0.1 * losses[0]
+
+
+# ---- the target network
+
+
+def test_target_starts_as_a_copy_of_the_policy():
+    agent = Agent(ACTIONS, dueling=True, quantiles=3)
+    assert same(snapshot(agent.policy), snapshot(agent.target))
+
+
+def test_target_changes_only_at_sync():
+    agent = make_agent(dtype=torch.float32)
+    memory, target = FakeMemory([make_batch()]), snapshot(agent.target)
+    for _ in range(3):
+        agent.learn(memory, BATCH_SIZE)
+        agent.run(make_states(2), training=True)
+        assert same(snapshot(agent.target), target)
+    agent.sync()
+    synced = snapshot(agent.policy)
+    assert not same(synced, target)
+    assert same(snapshot(agent.target), synced)
+    agent.learn(memory, BATCH_SIZE)
+    assert not same(snapshot(agent.policy), synced)
+    assert same(snapshot(agent.target), synced)
+
+
+def test_learning_goes_on_against_the_new_target_after_sync():
+    agent, batch = make_agent(), make_batch()
+    agent.sync()
+    loss, _, _ = Oracle(agent).gradients(batch)
+    close(agent.learn(FakeMemory([batch]), BATCH_SIZE), loss)
+
+
+# ---- epsilon
+
+
+@pytest.mark.parametrize("num_games", [1, 5])
+def test_epsilon_falls_linearly_with_the_steps_of_all_games_and_then_stays(num_games):
+    agent = Agent(ACTIONS, eps_start=0.9, eps_end=0.1, eps_decay=40)
+    states = make_states(num_games)
+    seen = {0: agent.epsilon}
+    for steps in range(num_games, 61, num_games):
+        agent.run(states, training=True)
+        seen[steps] = agent.epsilon
+    for steps, epsilon in seen.items():
+        assert epsilon == pytest.approx(max(0.1, 0.9 - 0.8 * steps / 40), abs=1e-9)
+    assert [seen[steps] for steps in (0, 10, 20, 40, 60)] == pytest.approx([0.9, 0.7, 0.5, 0.1, 0.1], abs=1e-9)
+
+
+def test_epsilon_default_schedule_is_one_to_a_tenth_over_a_million_steps():
+    agent = Agent(ACTIONS)
+    assert agent.epsilon == 1
+    for _ in range(10):
+        agent.run(make_states(10), training=True)
+    assert agent.epsilon == pytest.approx(1 - 0.9 * 100 / 1_000_000, abs=1e-12)
+
+
+def test_epsilon_past_its_end_when_a_call_overshoots_is_the_end():
+    agent = Agent(ACTIONS, eps_end=0.25, eps_decay=3)
+    agent.run(make_states(4), training=True)
+    assert agent.epsilon == pytest.approx(0.25, abs=1e-12)
+
+
+def test_epsilon_falls_only_while_training():
+    agent = Agent(ACTIONS, eps_decay=100)
+    states = make_states(5)
+    for _ in range(3):
+        agent.run(states)
+        agent.run(states, training=False)
+        agent.run(states, epsilon=0.05, rng=np.random.default_rng(0))
+        assert agent.epsilon == 1
+    agent.run(states, training=True)
+    epsilon = agent.epsilon
+    assert epsilon < 1
+    agent.run(states, epsilon=0.05, rng=np.random.default_rng(0))
+    agent.run(states)
+    assert agent.epsilon == epsilon
+
+
+def test_learning_and_syncing_leave_epsilon_alone():
+    agent = make_agent(dtype=torch.float32, eps_decay=10)
+    agent.learn(FakeMemory([make_batch()]), BATCH_SIZE)
+    agent.sync()
+    assert agent.epsilon == 1
+
+
+def test_actions_follow_the_epsilon_shown_before_the_call():
+    agent = Agent(ACTIONS, eps_start=1, eps_end=0, eps_decay=64)
+    fill(agent.policy, 1)
+    states = make_states(1).expand(64, -1, -1, -1)
+    greedy = agent.policy(states[:1]).mean(2).argmax(1).item()
+    first = agent.run(states, training=True)
+    assert np.count_nonzero(first == greedy) < 40  # all 64 were random: about 16 agree
+    assert np.all(agent.run(states, training=True) == greedy)
+
+
+# ---- actions
+
+
+def chi_square(counts):
+    expected = counts.sum() / counts.size
+    return ((counts - expected) ** 2 / expected).sum()
+
+
+def pair_counts(actions):
+    counts = np.zeros((ACTIONS, ACTIONS))
+    np.add.at(counts, (actions[:, 0::2].ravel(), actions[:, 1::2].ravel()), 1)
+    return counts
+
+
+def greedy_actions(agent, states):
+    with torch.no_grad():
+        return agent.policy(states).mean(2).argmax(1).numpy()
+
+
+def test_run_returns_one_int64_per_game_in_a_numpy_array():
+    agent = Agent(ACTIONS)
+    for num_games in (1, 3):
+        for training in (False, True):
+            actions = agent.run(make_states(num_games), training)
+            assert isinstance(actions, np.ndarray)
+            assert actions.dtype == np.int64
+            assert actions.shape == (num_games,)
+
+
+@pytest.mark.parametrize("mode", ["warming up", "training", "evaluating"])
+def test_epsilon_one_gives_uniform_and_independent_actions(mode):
+    agent = Agent(ACTIONS, eps_start=1, eps_end=1)
+    fill(agent.policy, 1)
+    states, rng = make_states(1).expand(32, -1, -1, -1), np.random.default_rng(4)
+    options = {"warming up": {}, "training": {"training": True}, "evaluating": {"epsilon": 1.0, "rng": rng}}[mode]
+    actions = np.stack([agent.run(states, **options) for _ in range(100)])
+    assert chi_square(np.bincount(actions.ravel(), minlength=ACTIONS)) < 16.3  # 3 degrees of freedom, p = 0.001
+    assert chi_square(pair_counts(actions)) < 37.7  # two games of one call, 15 degrees of freedom
+    assert chi_square(pair_counts(actions.T)) < 37.7  # two calls of one game
+
+
+@pytest.mark.parametrize("quantiles", [1, 5])
+@pytest.mark.parametrize("mode", ["warming up", "training", "evaluating"])
+def test_epsilon_zero_gives_the_action_of_the_highest_mean_value(mode, quantiles):
+    agent = Agent(ACTIONS, eps_start=0, eps_end=0, quantiles=quantiles)
+    fill(agent.policy, 1)
+    fill(agent.target, 2)
+    states, rng = make_states(40), np.random.default_rng(4)
+    with torch.no_grad():
+        values = agent.policy(states)
+    expected = values.mean(2).argmax(1).numpy()
+    assert len(set(expected)) > 1
+    assert np.any(agent.target(states).mean(2).argmax(1).numpy() != expected)
+    if quantiles > 1:
+        assert np.any(values[:, :, 2].argmax(1).numpy() != expected)
+        assert np.any(values.amax(2).argmax(1).numpy() != expected)
+    options = {"warming up": {}, "training": {"training": True}, "evaluating": {"epsilon": 0.0, "rng": rng}}[mode]
+    assert np.array_equal(agent.run(states, **options), expected)
+
+
+@pytest.mark.parametrize("mode", ["training", "evaluating"])
+def test_epsilon_between_explores_that_share_in_each_game_by_itself(mode):
+    agent = Agent(ACTIONS, eps_start=0.4, eps_end=0.4)
+    fill(agent.policy, 1)
+    states, rng = make_states(32), np.random.default_rng(5)
+    options = {"training": {"training": True}, "evaluating": {"epsilon": 0.4, "rng": rng}}[mode]
+    greedy, calls = greedy_actions(agent, states), 60
+    strayed = np.stack([agent.run(states, **options) for _ in range(calls)]) != greedy
+    chance = 0.4 * (ACTIONS - 1) / ACTIONS
+    deviation = (chance * (1 - chance) / strayed.size) ** 0.5
+    assert abs(strayed.mean() - chance) < 3.3 * deviation
+    per_call = strayed.sum(1)  # games that explored together would spread far wider than the binomial
+    assert 0.5 < per_call.var(ddof=1) / (32 * chance * (1 - chance)) < 1.7
+
+
+def test_actions_follow_the_policy_after_it_learned():
+    agent = Agent(ACTIONS, learning_rate=1e-2, eps_start=0, eps_end=0)
+    fill(agent.policy, 1)
+    states, memory = make_states(40), FakeMemory([make_batch()])
+    before = agent.run(states)
+    for _ in range(5):
+        agent.learn(memory, BATCH_SIZE)
+    assert np.array_equal(agent.run(states), greedy_actions(agent, states))
+    assert not np.array_equal(agent.run(states), before)
+
+
+def training_actions(agent, interlude=lambda agent: None, calls=10):
+    actions = []
+    for _ in range(calls):
+        actions.append(agent.run(make_states(8), training=True))
+        interlude(agent)
+    return np.stack(actions)
+
+
+def test_same_seed_gives_the_same_networks_and_actions_whatever_the_global_generators_hold():
+    results = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        np.random.seed(noise)  # noqa: NPY002 - the global one on purpose
+        agent = Agent(ACTIONS, seed=3)
+        results.append((snapshot(agent.policy), training_actions(agent)))
+    assert same(results[0][0], results[1][0])
+    assert np.array_equal(results[0][1], results[1][1])
+
+
+def test_a_new_agent_leaves_the_global_generator_of_torch_untouched():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    Agent(ACTIONS)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_another_seed_gives_other_networks_and_actions():
+    first, second = Agent(ACTIONS, seed=3), Agent(ACTIONS, seed=4)
+    assert not torch.equal(first.policy.conv1.weight, second.policy.conv1.weight)
+    assert not np.array_equal(training_actions(first), training_actions(second))
+
+
+def test_evaluating_with_its_own_generator_leaves_the_training_actions_untouched():
+    def evaluate(agent):
+        agent.run(make_states(3, 5), epsilon=0.5, rng=np.random.default_rng(8))
+
+    plain = training_actions(Agent(ACTIONS, eps_decay=160))
+    assert np.array_equal(training_actions(Agent(ACTIONS, eps_decay=160), evaluate), plain)
+
+
+def test_evaluation_actions_depend_on_their_own_generator_only():
+    first, second = Agent(ACTIONS, seed=0), Agent(ACTIONS, seed=0)
+    training_actions(second)
+    runs = []
+    for agent, seed in ((first, 8), (second, 8), (first, 9)):
+        rng = np.random.default_rng(seed)
+        runs.append(np.stack([agent.run(make_states(8), epsilon=0.5, rng=rng) for _ in range(5)]))
+    assert np.array_equal(runs[0], runs[1])
+    assert not np.array_equal(runs[0], runs[2])
+
+
+# ---- files
+
+
+@pytest.mark.parametrize("options", [{}, {"dueling": True, "quantiles": 5}], ids=["plain", "dueling-q5"])
+def test_load_brings_back_what_save_wrote(tmp_path, options):
+    agent, twin = Agent(ACTIONS, seed=1, **options), Agent(ACTIONS, seed=2, **options)
+    fill(agent.policy, 1)
+    agent.save(tmp_path / "model", game="breakout", step=400)
+    assert not same(snapshot(agent.policy), snapshot(twin.policy))
+    twin.load(tmp_path / "model")
+    assert same(snapshot(agent.policy), snapshot(twin.policy))
+    states = make_states(20)
+    actions = [a.run(states, epsilon=0.0, rng=np.random.default_rng(0)) for a in (agent, twin)]
+    assert np.array_equal(*actions)
+
+
+def test_load_fills_the_target_too_and_tells_what_was_said_about_the_file(tmp_path):
+    agent = make_agent(dtype=torch.float32)
+    agent.save(tmp_path / "model", game="breakout", step=400)
+    assert agent.load(tmp_path / "model") == {"game": "breakout", "step": 400}
+    assert same(snapshot(agent.target), snapshot(agent.policy))
+
+
+def test_save_changes_nothing_in_the_agent(tmp_path):
+    agent, twin = (make_agent(dtype=torch.float32, seed=1) for _ in range(2))
+    agent.save(str(tmp_path / "model"))
+    memories = [FakeMemory([make_batch()]), FakeMemory([make_batch()])]
+    assert np.array_equal(training_actions(agent, calls=3), training_actions(twin, calls=3))
+    assert torch.equal(agent.learn(memories[0], BATCH_SIZE), twin.learn(memories[1], BATCH_SIZE))
+    assert same(snapshot(agent.policy), snapshot(twin.policy))
+
+
+def test_loaded_weights_are_a_copy_that_goes_on_learning(tmp_path):
+    agent = make_agent(dtype=torch.float32)
+    agent.save(tmp_path / "model")
+    saved = snapshot(agent.policy)
+    agent.learn(FakeMemory([make_batch()]), BATCH_SIZE)
+    assert not same(snapshot(agent.policy), saved)
+    agent.load(tmp_path / "model")
+    assert same(snapshot(agent.policy), saved)
+    agent.learn(FakeMemory([make_batch()]), BATCH_SIZE)
+    assert not same(snapshot(agent.policy), saved)
+
+
+def contains(value, wanted):
+    if isinstance(value, dict):
+        return any(contains(item, wanted) for item in value.values())
+    return not isinstance(value, torch.Tensor) and value == wanted
+
+
+def test_saved_file_holds_only_tensors_and_plain_values_with_what_was_said_about_it(tmp_path):
+    Agent(ACTIONS).save(tmp_path / "model", game="breakout", step=400)
+    content = torch.load(tmp_path / "model", weights_only=True)
+    assert contains(content, "breakout")
+    assert contains(content, 400)
+
+
+def test_save_replaces_an_older_file_and_leaves_nothing_beside_it(tmp_path):
+    (tmp_path / "model").write_bytes(b"old")
+    agent = Agent(ACTIONS, seed=1)
+    agent.save(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    Agent(ACTIONS, seed=2).load(tmp_path / "model")
+
+
+def assert_refused(path, agent, *words):
+    """A ValueError of one clear sentence, and an agent as it was before."""
+    before = snapshot(agent.policy), snapshot(agent.target)
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        agent.load(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(path) in message
+    assert len(message) < 300 + len(str(path))
+    for word in words:
+        assert word in message
+    assert same(snapshot(agent.policy), before[0])
+    assert same(snapshot(agent.target), before[1])
+
+
+def test_load_refuses_a_file_for_another_number_of_actions(tmp_path):
+    Agent(6).save(tmp_path / "model")
+    assert_refused(tmp_path / "model", Agent(ACTIONS), "6", "4")
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        ({"dueling": True}, {}),
+        ({}, {"dueling": True}),
+        ({"quantiles": 5}, {"quantiles": 1}),
+        ({"stack_size": 3}, {"stack_size": 4}),
+    ],
+)
+def test_load_refuses_a_file_of_another_network(tmp_path, written, wanted):
+    Agent(ACTIONS, **written).save(tmp_path / "model")
+    assert_refused(tmp_path / "model", Agent(ACTIONS, **wanted))
+
+
+def test_load_tells_three_actions_of_two_quantiles_from_two_actions_of_three(tmp_path):
+    Agent(3, quantiles=2).save(tmp_path / "model")  # the parameters have the same shapes
+    assert_refused(tmp_path / "model", Agent(2, quantiles=3))
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "short", "half", "flipped head", "flipped weight"])
+def test_load_refuses_a_corrupt_file(tmp_path, damage):
+    Agent(ACTIONS, seed=1).save(tmp_path / "model")
+    whole = (tmp_path / "model").read_bytes()
+    middle = len(whole) // 2
+    broken = {
+        "empty": b"",
+        "text": b"these are not weights\n",
+        "short": whole[:-1],
+        "half": whole[:middle],
+        "flipped head": whole[:10] + bytes(255 - byte for byte in whole[10:200]) + whole[200:],
+        "flipped weight": whole[:middle] + bytes([whole[middle] ^ 64]) + whole[middle + 1 :],
+    }[damage]
+    (tmp_path / "model").write_bytes(broken)
+    assert_refused(tmp_path / "model", Agent(ACTIONS))
+
+
+@pytest.mark.parametrize("content", [[1, 2, 3], {}, {"policy": 5}, {"conv1.weight": torch.zeros(3)}, 7])
+def test_load_refuses_a_file_of_something_else(tmp_path, content):
+    torch.save(content, tmp_path / "model")
+    assert_refused(tmp_path / "model", Agent(ACTIONS))
+
+
+def change(value, edit):
+    """Apply `edit` to each dictionary of parameters in a loaded file."""
+    if isinstance(value, dict):
+        if "output.bias" in value:
+            edit(value)
+        else:
+            for item in value.values():
+                change(item, edit)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda weights: weights.pop("output.bias"),
+        lambda weights: weights.update(extra=torch.zeros(3)),
+        lambda weights: weights.update({"output.bias": torch.zeros(9)}),
+        lambda weights: weights.update({"output.bias": "none"}),
+    ],
+    ids=["missing", "extra", "shape", "type"],
+)
+def test_load_refuses_weights_that_do_not_fit_and_changes_nothing(tmp_path, edit):
+    Agent(ACTIONS, seed=1).save(tmp_path / "model")
+    content = torch.load(tmp_path / "model", weights_only=True)
+    change(content, edit)
+    torch.save(content, tmp_path / "model")
+    assert_refused(tmp_path / "model", Agent(ACTIONS, seed=2))
+
+
+class Intruder:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (self.trace, "w")
+
+
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_load_runs_no_code_from_the_file(tmp_path, writer):
+    trace, path = tmp_path / "trace", tmp_path / "model"
+    if writer == "torch":
+        torch.save({"policy": Intruder(str(trace))}, path)
+    else:
+        path.write_bytes(pickle.dumps(Intruder(str(trace)), protocol=2))
+    assert_refused(path, Agent(ACTIONS))
+    assert not trace.exists()

@@ -1,0 +1,701 @@
+"""AtariEnv held against the emulator itself: ALE's own vectoriser, and single games of the plain ALE interface.
+
+The plain games know nothing of vectors, stacks or wrappers, so what they say about scores, ends and pictures is the
+truth that AtariEnv has to tell.
+"""
+
+import hashlib
+
+import ale_py
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from ale_py import ALEInterface, LoggerMode, roms
+from ale_py.vector_env import AtariVectorEnv
+from PIL import Image
+
+from utils_drl import Agent
+from utils_env import AtariEnv, normalize_game
+
+ALEInterface.setLoggerMode(LoggerMode.Error)
+NOOP, FIRE, RIGHT, LEFT = range(4)  # of Breakout
+START_ACTIONS = 29  # FIRE and no-ops that a game can start with
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    """A list to which each reset of any vector of emulators adds its (seeds, frames already played) per game."""
+    seen, reset = [], AtariVectorEnv.reset
+
+    def watched(self, *, seed=None, options=None):
+        frames, info = reset(self, seed=seed, options=options)
+        seeds = np.arange(seed, seed + self.num_envs) if isinstance(seed, int) else np.array(seed)
+        seen.append((seeds, info["episode_frame_number"].copy()))
+        return frames, info
+
+    monkeypatch.setattr(AtariVectorEnv, "reset", watched)
+    return seen
+
+
+class PlainGame:
+    """One game on the plain ALE interface, frame by frame, begun as a vector's game whose clock stands at `clock`.
+
+    `draw` names what `picture` shows of it: "getScreenGrayscale", "getScreenRGB" or nothing.
+    """
+
+    def __init__(self, game, clock, draw=None, frame_skip=4, max_frames=10**9):
+        self.ale = ALEInterface()
+        self.ale.setFloat("repeat_action_probability", 0.0)
+        self.ale.loadROM(roms.get_rom_path(game))
+        self.buttons = self.ale.getMinimalActionSet()
+        names = [button.name for button in self.buttons]
+        self.fire = names.index("FIRE") if "FIRE" in names else None
+        self.frame_skip, self.frames_left = frame_skip, max_frames
+        presses = [names.index("NOOP")] * clock
+        if self.fire is not None:
+            presses[0] = self.fire
+        for press in presses:
+            self.ale.act(self.buttons[press])
+        self.score, self.lost_life, self.over = 0.0, False, False
+        self.screen = getattr(self.ale, draw) if draw else None
+        self.picture = self.screen() if draw else None
+
+    def step(self, action):
+        """Play `action` for a step, or FIRE if the last step lost a life."""
+        if self.lost_life and self.fire is not None:
+            action = self.fire
+        lives, screens = self.ale.lives(), []
+        for frame in range(self.frame_skip):
+            self.score += self.ale.act(self.buttons[action])
+            self.frames_left -= 1
+            self.over = self.ale.game_over() or self.frames_left == 0
+            if self.over:  # ALE's vectors do not draw a game's last screen: older ones stay in the picture
+                break
+            if self.screen and frame >= self.frame_skip - 2:
+                screens.append(self.screen())
+        self.lost_life = self.ale.lives() < lives
+        if self.screen:
+            self.picture = np.maximum.reduce(screens if len(screens) == 2 else [self.picture, *screens])
+
+
+class ScriptedAgent:
+    """Plays the same fixed actions in every game, and remembers what it was asked."""
+
+    def __init__(self, actions):
+        self.actions, self.calls, self.states = actions, [], []
+
+    def run(self, states, training=False, *, epsilon=None, rng=None):
+        action = self.actions[len(self.calls)]
+        self.calls.append((training, epsilon, rng))
+        self.states.append(states.clone())
+        return np.full(len(states), action)
+
+
+class RandomAgent:
+    """Plays at random from the stream it is given, and remembers the states."""
+
+    def __init__(self, action_dim):
+        self.action_dim, self.states = action_dim, []
+
+    def run(self, states, training=False, *, epsilon=None, rng=None):
+        self.states.append(states.clone())
+        return rng.integers(self.action_dim, size=len(states))
+
+
+def random_actions(action_dim, shape, seed=0):
+    return np.random.default_rng(seed).integers(action_dim, size=shape)
+
+
+def play(env, seed, actions):
+    """The states and rows of `actions` [T, N] after a reset, as a list of tuples of tensors."""
+    seen = [env.reset(seed)]
+    seen += [env.step(row) for row in actions]
+    return [(states, *row) for states, row in seen]
+
+
+def same(run, other):
+    return len(run) == len(other) and all(
+        torch.equal(a, b)
+        for row, other_row in zip(run, other, strict=True)
+        for a, b in zip(row, other_row, strict=True)
+    )
+
+
+def until_terminal(env, action=NOOP, limit=400):
+    """Step a single game until a life or the game ends; return the number of steps, the states and the row."""
+    for number in range(1, limit + 1):
+        states, row = env.step(np.array([action]))
+        if row.terminals[0]:
+            return number, states, row
+    raise AssertionError(f"no life was lost in {limit} steps")
+
+
+def area_average(screen, size=84):
+    """`screen` averaged to size x size, each pixel over exactly the area that it covers."""
+    for axis, length in enumerate(screen.shape):
+        edges = np.arange(size + 1) * length / size
+        sums = np.concatenate(
+            [np.zeros_like(screen.take([0], axis), dtype=float), screen.cumsum(axis, dtype=float)], axis
+        )
+        below = np.minimum(edges.astype(int), length - 1)
+        part = (edges - below).reshape([-1, 1] if axis == 0 else [1, -1])
+        at_edges = sums.take(below, axis) * (1 - part) + sums.take(below + 1, axis) * part
+        screen = np.diff(at_edges, axis=axis) * size / length
+    return screen
+
+
+# ---- pixels
+
+
+def test_golden_frames_of_a_known_game(starts):
+    actions = [(t * t // 3 + t // 7) % 4 for t in range(250)]
+    env = AtariEnv("breakout", 1)
+    rows = play(env, 0, np.array(actions)[:, None])
+
+    clock = int(starts[0][1][0])
+    assert clock == GOLDEN_CLOCK, "the game starts otherwise: a change of seeds or no-ops, not of pixels"
+    game, memory, screens = PlainGame("breakout", clock), hashlib.sha256(), hashlib.sha256()
+    for action in actions:
+        assert game.step(action) is not None
+        assert not game.over, "the emulator plays another game than the one that the golden frames show"
+        memory.update(game.ale.getRAM().tobytes())
+        screens.update(game.gray.tobytes())
+    assert memory.hexdigest()[:16] == GOLDEN_MEMORY, "the emulator plays otherwise: not a change of preprocessing"
+    assert screens.hexdigest()[:16] == GOLDEN_SCREENS, "the emulator draws otherwise: not a change of preprocessing"
+
+    frames = hashlib.sha256(torch.stack([frame for _, frame, *_ in rows]).numpy().tobytes())
+    assert frames.hexdigest()[:16] == GOLDEN_FRAMES, "preprocessing changed: if that is meant, put the new hash here"
+
+
+GOLDEN_CLOCK = 0
+GOLDEN_MEMORY = ""
+GOLDEN_SCREENS = ""
+GOLDEN_FRAMES = ""
+
+
+@pytest.mark.parametrize("game", ["breakout", "pong", "seaquest", "montezuma_revenge"])
+def test_a_frame_is_the_area_average_of_the_last_two_gray_screens_at_their_brightest(game, starts):
+    env = AtariEnv(game, 1)
+    actions = random_actions(game, (100, 1))
+    _, row = env.reset(3)
+    plain = PlainGame(game, starts[0][1][0])
+    np.testing.assert_allclose(row.frames[0], area_average(plain.gray), atol=0.51)
+    for action in actions:
+        _, row = env.step(action)
+        plain.step(action[0])
+        assert not plain.over
+        np.testing.assert_allclose(row.frames[0], area_average(plain.gray), atol=0.51)
+
+
+# ---- stacks and rows
+
+
+@pytest.mark.parametrize(
+    ("game", "max_frames", "steps", "options"),
+    [
+        ("breakout", 1000, 800, {}),
+        ("pong", 3600, 1000, {}),
+        ("seaquest", 1600, 1000, {}),
+        ("montezuma_revenge", 1600, 800, {}),
+        ("ms_pacman", 1600, 500, {}),  # no FIRE to press
+        ("breakout", 1000, 500, {"stack_size": 2, "frame_skip": 3}),
+    ],
+)
+def test_states_and_rows_equal_ales_own_through_lost_lives_game_overs_and_frame_limits(
+    game, max_frames, steps, options, starts
+):
+    games, size, skip = 4, options.get("stack_size", 4), options.get("frame_skip", 4)
+    env = AtariEnv(game, games, max_frames=max_frames, **options)
+    states, row = env.reset(11)
+    seeds, clock = starts[0]
+    ale = AtariVectorEnv(
+        game,
+        games,
+        stack_num=size,
+        frameskip=skip,
+        max_num_frames_per_episode=max_frames,
+        reward_clipping=False,
+        life_loss_info=True,
+    )
+    assert np.array_equal(states, ale.reset(seed=seeds)[0])
+    meanings = env.get_action_meanings()
+    fire = meanings.index("FIRE") if "FIRE" in meanings else None
+    first_clock, scores, finished = clock.copy(), np.zeros(games), []
+    ages, ended, lost_life = np.zeros(games), np.zeros(games, bool), np.zeros(games, bool)
+    seen = {"lost lives": 0, "game overs": 0, "frame limits": 0, "scores above 1": 0}
+
+    rng = np.random.default_rng(0)
+    for _ in range(steps):
+        sent = rng.integers(len(meanings), size=games)
+        states, row = env.step(sent)
+        expected, rewards, terminated, _, info = ale.step(row.actions.numpy())
+
+        ages = np.where(ended, 0, np.minimum(ages + 1, size - 1))
+        executed = sent if fire is None else np.where(lost_life, fire, sent)
+        assert np.array_equal(states, expected)
+        assert np.array_equal(row.frames, expected[:, -1])
+        assert np.array_equal(row.rewards, np.clip(rewards, -1, 1))
+        assert np.array_equal(row.terminals, terminated)
+        assert np.array_equal(row.ages, ages)
+        assert np.array_equal(row.actions[~ended], executed[~ended])
+
+        scores = np.where(ended, 0, scores) + rewards
+        first_clock[ended] = info["episode_frame_number"][ended]
+        game_over = terminated & (info["lives"] == 0)
+        limit = info["episode_frame_number"] - first_clock >= max_frames
+        ended = game_over | limit
+        lost_life = terminated & ~ended
+        finished += list(scores[ended])
+        seen["lost lives"] += lost_life.sum()
+        seen["game overs"] += game_over.sum()
+        seen["frame limits"] += (limit & ~game_over).sum()
+        seen["scores above 1"] += (rewards > 1).sum()
+
+    env.step(np.zeros(games, int))  # a score is told at the latest when the next game starts
+    assert env.finished_scores == finished
+    assert seen["game overs"]
+    assert seen["frame limits"]
+    assert seen["lost lives"] or game == "pong"
+    assert seen["scores above 1"] or game not in ("seaquest", "ms_pacman")
+
+
+def test_reset_gives_a_row_of_first_frames_with_nothing_before_them():
+    env = AtariEnv("seaquest", 3)
+    for seed in (0, 1):
+        states, row = env.reset(seed)
+        assert states.shape == (3, 4, 84, 84)
+        assert states.dtype == torch.uint8
+        assert not states[:, :3].any()
+        assert torch.equal(states[:, 3], row.frames)
+        assert row.frames.flatten(1).any(1).all()
+        assert [field.dtype for field in row] == [torch.uint8, torch.int64, torch.float32, torch.bool, torch.int64]
+        assert [tuple(field.shape) for field in row] == [(3, 84, 84), (3,), (3,), (3,), (3,)]
+        assert not row.rewards.any()
+        assert not row.terminals.any()
+        assert not row.ages.any()
+        env.step(np.array([1, 2, 3]))
+
+
+def test_tensors_once_returned_never_change():
+    env = AtariEnv("breakout", 2, max_frames=200)
+    kept = play(env, 0, random_actions("breakout", (120, 2)))
+    copies = [tuple(tensor.clone() for tensor in row) for row in kept]
+    play(env, 1, random_actions("breakout", (60, 2), seed=1))
+    assert same(kept, copies)
+
+
+# ---- lives, ends and FIRE
+
+
+def test_a_lost_life_is_terminal_but_the_game_and_its_stack_go_on():
+    env = AtariEnv("breakout", 1)
+    env.reset(3)
+    _, states, row = until_terminal(env)
+    assert row.ages.tolist() == [3]
+    for _ in range(6):
+        earlier = states
+        states, row = env.step(np.array([LEFT]))
+        assert torch.equal(states[:, :3], earlier[:, 1:])
+        assert row.terminals.tolist() == [False]
+        assert row.ages.tolist() == [3]
+    assert env.finished_scores == []
+
+
+def test_fire_is_pressed_after_a_reset_and_after_each_lost_life_so_every_ball_is_served():
+    env = AtariEnv("breakout", 1)
+    env.reset(3)
+    for life in range(5):  # without FIRE the ball would not move and no life would ever be lost
+        _, _, row = until_terminal(env, RIGHT, limit=60)
+        assert row.actions.tolist() == [RIGHT]
+        if life < 4:
+            assert env.step(np.array([RIGHT]))[1].actions.tolist() == [FIRE]
+            assert env.step(np.array([RIGHT]))[1].actions.tolist() == [RIGHT]
+    _, row = env.step(np.array([RIGHT]))
+    assert row.ages.tolist() == [0]
+    until_terminal(env, RIGHT, limit=60)  # the next game's first ball was served too
+
+
+def test_a_game_without_lives_or_without_fire_plays_the_actions_that_were_sent():
+    for game, steps in (("pong", 900), ("ms_pacman", 300)):
+        env = AtariEnv(game, 2)
+        sent = random_actions(game, (steps, 2))
+        rows = play(env, 0, sent)
+        terminals, ages, actions = (torch.stack([row[i] for row in rows[1:]]) for i in (4, 5, 2))
+        assert terminals.any()
+        assert torch.equal(actions[ages > 0], torch.from_numpy(sent)[ages > 0])
+
+
+def test_the_row_after_game_over_ignores_its_action_and_starts_a_new_game():
+    answers = []
+    for ignored in (NOOP, FIRE, LEFT):
+        env = AtariEnv("breakout", 1)
+        env.reset(3)
+        for _ in range(5):
+            _, _, row = until_terminal(env)
+        assert row.ages.tolist() == [3]
+        states, row = env.step(np.array([ignored]))
+        assert row.ages.tolist() == [0]
+        assert row.terminals.tolist() == [False]
+        assert row.rewards.tolist() == [0]
+        assert not states[:, :3].any()
+        assert len(env.finished_scores) == 1
+        answers.append([states, *(env.step(np.array([NOOP]))[0] for _ in range(30))])
+    assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(answers[0], other, strict=True))
+
+
+def test_a_game_cut_at_the_frame_limit_is_not_terminal_and_shows_its_true_last_frame():
+    actions = random_actions("pong", (60, 2))
+    cut = play(AtariEnv("pong", 2, max_frames=200), 5, actions)
+    whole = play(AtariEnv("pong", 2), 5, actions)
+    assert same(cut[:51], whole[:51])  # the first row and 50 steps
+    states, frames, _, rewards, terminals, ages = cut[51]
+    assert ages.tolist() == [0, 0]
+    assert not states[:, :3].any()
+    assert torch.equal(states[:, 3], frames)
+    assert not rewards.any()
+    assert not any(row[4].any() for row in cut)
+    assert [row[5].tolist() for row in cut[52:55]] == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_a_life_lost_at_the_very_frame_limit_ends_the_game():
+    env = AtariEnv("breakout", 1)
+    env.reset(3)
+    steps, states, _ = until_terminal(env)
+    cut = AtariEnv("breakout", 1, max_frames=4 * steps)
+    cut.reset(3)
+    cut_steps, cut_states, row = until_terminal(cut)
+    assert cut_steps == steps
+    assert torch.equal(cut_states, states)
+    assert row.ages.tolist() == [3]
+    states, row = cut.step(np.array([NOOP]))
+    assert row.ages.tolist() == [0]
+    assert not states[:, :3].any()
+    assert cut.finished_scores == [0.0]
+    assert cut.step(np.array([RIGHT]))[1].actions.tolist() == [RIGHT]
+
+
+def test_finished_scores_are_raw_and_the_callers_to_clear():
+    env = AtariEnv("pong", 2, max_frames=800)
+    env.reset(0)
+    for _ in range(201):
+        env.step(np.array([0, 0]))
+    assert len(env.finished_scores) == 2
+    assert max(env.finished_scores) < -1  # each lost point is -1: the sum is neither clipped nor cut
+    env.finished_scores.clear()
+    for _ in range(201):
+        env.step(np.array([0, 0]))
+    assert len(env.finished_scores) == 2
+
+
+# ---- the same run again
+
+
+def test_the_same_seed_gives_the_same_run_in_a_fresh_and_in_a_used_env():
+    actions = random_actions("breakout", (300, 3))
+    env = AtariEnv("breakout", 3)
+    run = play(env, 7, actions)
+    assert any((ages == 0).any() for *_, ages in run[1:])  # through the no-ops of later games too
+    assert same(run, play(env, 7, actions))
+    assert same(run, play(AtariEnv("breakout", 3), 7, actions))
+
+
+def test_another_seed_gives_another_run_and_the_games_of_one_env_differ():
+    actions = random_actions("breakout", (20, 1)).repeat(6, axis=1)
+    run, other = (play(AtariEnv("breakout", 6), seed, actions) for seed in (7, 8))
+    assert not same(run, other)
+    first_frames = {frame.numpy().tobytes() for row in (run[0], other[0]) for frame in row[1]}
+    assert len(first_frames) >= 6
+
+
+def test_the_number_of_threads_changes_nothing():
+    actions = random_actions("seaquest", (150, 5))
+    run = play(AtariEnv("seaquest", 5, num_threads=1), 2, actions)
+    for threads in (0, 2, 3):
+        assert same(run, play(AtariEnv("seaquest", 5, num_threads=threads), 2, actions))
+
+
+def test_send_and_recv_are_the_halves_of_step():
+    actions = random_actions("breakout", (40, 2))
+    env = AtariEnv("breakout", 2)
+    halves = [env.reset(4)]
+    for action in actions:
+        env.send(action)
+        halves.append(env.recv())
+    assert same(play(AtariEnv("breakout", 2), 4, actions), [(states, *row) for states, row in halves])
+
+
+def test_a_reset_forgets_the_step_in_flight():
+    actions = random_actions("breakout", (60, 2))
+    env = AtariEnv("breakout", 2)
+    run = play(env, 9, actions)
+    env.send(actions[0])
+    assert same(run, play(env, 9, actions))
+
+
+def test_evaluating_changes_nothing_in_training():
+    def train(evaluate):
+        env, agent = AtariEnv("breakout", 2), Agent(4, eps_decay=200, seed=1)
+        torch.manual_seed(0)
+        states, row = env.reset(5)
+        seen = [(states, *row)]
+        for number in range(120):
+            actions = agent.run(states, training=True)
+            env.send(actions)
+            if evaluate and number % 40 == 20:  # even with a step in flight
+                env.evaluate(agent, 2, 0.05, seed=number, max_frames=80, record=number == 20)
+            states, row = env.recv()
+            seen.append((states, *row, torch.from_numpy(actions)))
+            if evaluate and number % 40 == 30:
+                env.evaluate(agent, 3, 0.5, seed=number, max_frames=80)
+        return seen[1:], agent.epsilon, env.finished_scores, torch.rand(1)
+
+    with_evaluation, epsilon, finished, noise = train(evaluate=True)
+    without, expected_epsilon, expected_finished, expected_noise = train(evaluate=False)
+    assert same(with_evaluation, without)
+    assert epsilon == expected_epsilon
+    assert finished == expected_finished
+    assert noise == expected_noise
+
+
+def test_evaluating_leaves_numpys_global_stream_alone():
+    env = AtariEnv("breakout", 1)
+    np.random.seed(0)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    env.evaluate(Agent(4), 1, 0.05, seed=0, max_frames=80)
+    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+
+
+# ---- illegal actions
+
+
+ILLEGAL = {
+    "negative": [-1, 0],
+    "one too high": [0, 4],
+    "far too high": [2**40, 0],
+    "too few": [0],
+    "too many": [0, 0, 0],
+    "none": [],
+    "a table": [[0, 0]],
+    "a single number": 0,
+    "not a number": [float("nan"), 0],
+    "words": ["left", "right"],
+}
+
+
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_illegal_actions_are_refused_before_they_reach_the_emulators(name):
+    actions = random_actions("breakout", (10, 2))
+    env = AtariEnv("breakout", 2)
+    run = play(env, 0, actions)
+    env.reset(0)
+    for action in actions:
+        with pytest.raises(ValueError, match=r"."):
+            env.send(np.array(ILLEGAL[name]))  # never `step`: were it accepted, its `recv` would wait for ever
+        last = env.step(action)
+    assert same([(last[0], *last[1])], run[-1:])
+
+
+def test_the_refusal_of_an_action_names_it_and_what_is_legal():
+    env = AtariEnv("breakout", 2)
+    env.reset(0)
+    with pytest.raises(ValueError, match=r"3.*17"):
+        env.send(np.array([0, 17]))
+    with pytest.raises(ValueError, match="2"):
+        env.send(np.array([0]))
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("game", ["breakout", "seaquest", "pong", "freeway"])
+def test_evaluation_gives_the_raw_scores_of_whole_games(game, starts):
+    max_frames = {"freeway": 3000, "pong": 5000}.get(game, 18_000)
+    env = AtariEnv(game, 1)
+    agent = ScriptedAgent(random_actions(game, 5000, seed=3))
+    scores = env.evaluate(agent, 4, 0.05, seed=1, max_frames=max_frames)
+
+    assert scores.shape == (4,)
+    assert scores.dtype == np.float64
+    expected = []
+    for clock in starts[-1][1]:
+        plain = PlainGame(game, clock, max_frames=max_frames)
+        for action in agent.actions:
+            plain.step(action)
+            if plain.over:
+                break
+        assert plain.over
+        expected.append(plain.score)
+    assert scores.tolist() == expected
+    assert any(abs(score) > 1 for score in expected) or game == "freeway"
+
+
+def test_evaluation_ends_each_game_at_the_frame_limit(starts):
+    agent = ScriptedAgent([0] * 2000)
+    scores = AtariEnv("pong", 1).evaluate(agent, 3, 0.05, seed=0, max_frames=1200, record=True)
+    assert len(agent.calls) in (300, 301)  # one more where a game's end is seen by the start of the next
+    for score, clock in zip(scores, starts[0][1], strict=True):
+        plain = PlainGame("pong", clock, max_frames=1200)
+        while not plain.over:
+            plain.step(0)
+        assert score == plain.score
+        assert score < 0
+
+
+def test_an_agent_that_never_presses_a_button_still_finishes_its_evaluation():
+    agent = ScriptedAgent([NOOP] * 1000)  # would wait for the second ball until the frame limit
+    assert AtariEnv("breakout", 1).evaluate(agent, 2, 0.0, seed=0).shape == (2,)
+
+
+def test_evaluation_shows_the_agent_stacks_of_every_game_and_its_own_epsilon_and_stream():
+    agent = ScriptedAgent([FIRE, RIGHT, NOOP] * 100)
+    AtariEnv("breakout", 2, stack_size=3).evaluate(agent, 5, 0.25, seed=0, max_frames=120)
+    assert all(states.shape == (5, 3, 84, 84) and states.dtype == torch.uint8 for states in agent.states)
+    assert not agent.states[0][:, :2].any()
+    for earlier, later in zip(agent.states[:30], agent.states[1:30], strict=False):
+        assert torch.equal(later[:, :2], earlier[:, 1:])
+    for training, epsilon, rng in agent.calls:
+        assert not training
+        assert epsilon == 0.25
+        assert isinstance(rng, np.random.Generator)
+
+
+def test_evaluation_starts_games_after_different_numbers_of_no_ops(starts):
+    AtariEnv("breakout", 1).evaluate(ScriptedAgent([NOOP] * 100), 24, 0.05, seed=0, max_frames=40)
+    clocks = starts[-1][1]
+    assert len(set(clocks.tolist())) >= 8
+    assert clocks.min() >= 1
+    assert clocks.max() <= START_ACTIONS
+
+
+def test_the_same_seed_gives_the_same_evaluation_and_another_seed_another():
+    def evaluate(env, seed):
+        agent = RandomAgent(18)
+        return env.evaluate(agent, 3, 0.05, seed=seed, max_frames=2000), torch.stack(agent.states)
+
+    env = AtariEnv("seaquest", 2)
+    scores, states = evaluate(env, 4)
+    play(env, 1, random_actions("seaquest", (10, 2)))
+    other_scores, other_states = evaluate(env, 5)
+    again, same_states = evaluate(env, 4)
+    assert np.array_equal(scores, again)
+    assert torch.equal(states, same_states)
+    assert len(set(states[0, :, -1].sum((1, 2)).tolist())) > 1 or scores.std() > 0  # the games of one evaluation differ
+    assert states.shape != other_states.shape or not torch.equal(states, other_states)
+    anew, new_states = evaluate(AtariEnv("seaquest", 7, num_threads=1), 4)
+    assert np.array_equal(scores, anew)
+    assert torch.equal(states, new_states)
+
+
+# ---- pictures
+
+
+def recorded(env):
+    return list(iter(env.get_frame, None))
+
+
+@pytest.mark.parametrize("game", ["breakout", "seaquest"])
+def test_recorded_frames_are_the_true_colours_of_the_first_game_from_start_to_end(game, starts):
+    env = AtariEnv(game, 1)
+    agent = ScriptedAgent(random_actions(game, 5000, seed=3))
+    env.evaluate(agent, 3, 0.05, seed=1, record=True)
+    plain = PlainGame(game, starts[0][1][0])
+    expected, whole_last_step = [plain.colour], True
+    for action in agent.actions:
+        plain.step(action)
+        expected.append(plain.colour)
+        if plain.over:
+            whole_last_step = plain.whole_step
+            break
+
+    frames = recorded(env)
+    assert len(frames) == len(expected)
+    assert all(frame.shape == (210, 160, 3) and frame.dtype == np.uint8 for frame in frames)
+    if not whole_last_step:  # the emulator draws no fresh picture for a step that the game's end cuts short
+        frames, expected = frames[:-1], expected[:-1]
+    assert all(np.array_equal(frame, other) for frame, other in zip(frames, expected, strict=True))
+    assert any((frame[..., 0] != frame[..., 2]).any() for frame in frames)  # colours, not gray
+    assert any(not np.array_equal(a, b) for a, b in zip(frames, frames[1:], strict=False))
+
+
+def test_a_recorded_game_shows_what_the_agent_saw():
+    env = AtariEnv("breakout", 1)
+    agent = ScriptedAgent([RIGHT, LEFT, LEFT, NOOP, RIGHT] * 100)
+    env.evaluate(agent, 2, 0.05, seed=6, max_frames=320, record=True)
+    frames = recorded(env)
+    assert len(frames) == 81
+    for frame, states in zip(frames[:80], agent.states, strict=False):
+        gray = frame @ np.array([0.299, 0.587, 0.114])
+        assert abs(area_average(gray) - states[0, -1].numpy()).max() < 2
+
+
+def test_a_saved_recording_holds_every_frame_and_an_animation(tmp_path):
+    env = AtariEnv("breakout", 1)
+    agent = ScriptedAgent([RIGHT, LEFT, LEFT, NOOP] * 100)
+    env.evaluate(agent, 1, 0.05, seed=6, max_frames=120, record=True)
+    frames = recorded(env)
+    env.evaluate(ScriptedAgent(agent.actions), 1, 0.05, seed=6, max_frames=120, record=True)
+    env.save_recording(tmp_path / "eval_003")
+    pictures = sorted((tmp_path / "eval_003").iterdir())
+    assert [picture.name for picture in pictures] == [f"{number:06d}.png" for number in range(31)]
+    for frame, picture in zip(frames, pictures, strict=True):
+        with Image.open(picture) as image:
+            assert np.array_equal(np.asarray(image), frame)
+    with Image.open(tmp_path / "eval_003.gif") as animation:
+        assert animation.is_animated
+
+
+# ---- games and their actions
+
+
+def test_every_name_of_a_game_in_gymnasium_means_its_rom():
+    gymnasium.register_envs(ale_py)
+    names = {
+        name: spec.kwargs["game"] for name, spec in gymnasium.registry.items() if "ale_py" in str(spec.entry_point)
+    }
+    assert len(names) > 300
+    wrong = {name: normalize_game(name) for name, rom in names.items() if normalize_game(name) != rom}
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", ["breakout", "Breakout", "ALE/Breakout-v5", "BreakoutNoFrameskip-v4", "BREAKOUT"])
+def test_usual_spellings_mean_the_same_game(name):
+    assert normalize_game(name) == "breakout"
+
+
+@pytest.mark.parametrize("rom", ["ms_pacman", "montezuma_revenge", "tic_tac_toe_3d", "up_n_down", "pong"])
+def test_a_roms_own_name_stays(rom):
+    assert normalize_game(rom) == rom
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("brekout", "breakout"), ("ALE/Seaqest-v5", "seaquest"), ("MsPackmanNoFrameskip-v4", "ms_pacman"), ("", "")],
+)
+def test_an_unknown_game_is_refused_with_the_nearest_name(name, nearest):
+    for refuse in (normalize_game, lambda game: AtariEnv(game, 1)):
+        with pytest.raises(ValueError, match=nearest):
+            refuse(name)
+
+
+@pytest.mark.parametrize("name", ["combat", "joust", "ALE/MazeCraze-v5", "warlords"])
+def test_a_game_for_two_is_refused_by_name_because_the_emulator_would_end_the_process(name):
+    with pytest.raises(ValueError, match="two players"):
+        normalize_game(name)
+
+
+@pytest.mark.parametrize(
+    ("game", "lives", "meanings"),
+    [
+        ("breakout", 5, "NOOP FIRE RIGHT LEFT"),
+        ("pong", 0, "NOOP FIRE RIGHT LEFT RIGHTFIRE LEFTFIRE"),
+        ("freeway", 0, "NOOP UP DOWN"),
+        ("ALE/MsPacman-v5", 3, "NOOP UP RIGHT LEFT DOWN UPRIGHT UPLEFT DOWNRIGHT DOWNLEFT"),
+    ],
+)
+def test_actions_and_lives_are_the_games_own(game, lives, meanings):
+    env = AtariEnv(game, 2)
+    env.reset(0)
+    assert env.get_action_meanings() == meanings.split()
+    assert env.get_action_dim() == len(meanings.split())
+    assert env.get_eval_lives() == lives

@@ -1,0 +1,224 @@
+"""The constants of main.py: overridden from the command line, checked before anything is allocated or written."""
+
+import argparse
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from utils_env import normalize_game
+from utils_memory import ReplayMemory, free_bytes
+
+HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
+
+
+class ConfigError(ValueError):
+    """Constants that cannot work, or a place that cannot be written; the message is one sentence for the user."""
+
+
+def run(main: Callable[[], None], module: dict) -> int:
+    """Override the constants in `module` from the command line, call `main`, and return the exit status."""
+    try:
+        override(module, sys.argv[1:])
+        main()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; rewards.txt and the models so far are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def override(module: dict, arguments: list[str]) -> None:
+    """Set constants in `module` from arguments such as --GAME=pong; `--help` prints them all and exits.
+
+    A constant is an annotated upper-case name. Spelling is free in case and in - or _. Raises ConfigError.
+    """
+    parser = _Parser(prog="python main.py", description=module["__doc__"].splitlines()[0], allow_abbrev=False)
+    comments = _comments(module["__file__"])
+    types = constants(module)
+    for name, kind in types.items():
+        text = f"{comments.get(name, '')} [{module[name]}]".replace("%", "%%").strip()
+        parser.add_argument(f"--{name}", type=_reader(name, kind), metavar=kind.__name__, help=text)
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
+    parsed = parser.parse_args([_spell(argument) for argument in arguments])
+    module.update({name: value for name, value in vars(parsed).items() if value is not None})
+
+
+def constants(module: dict) -> dict[str, type]:
+    """Names and types of the constants in `module`, in the order they stand there."""
+    return {name: kind for name, kind in module["__annotations__"].items() if name.isupper()}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise ConfigError(message)
+
+    def parse_args(self, arguments):
+        names = [action.dest for action in self._actions]
+        for argument in arguments:
+            name = argument.split("=")[0].removeprefix("--")
+            if argument.startswith("-") and not _is_number(argument) and name not in (*names, "-h"):
+                nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"there is no constant {name}; the nearest is {nearest}")
+        parsed, rest = self.parse_known_args(arguments)
+        if rest:
+            raise ConfigError(f"cannot make sense of {rest[0]!r}; constants are set as --NAME=value")
+        return parsed
+
+
+def _is_number(text: str) -> bool:
+    return re.match(r"-[\d.]", text) is not None
+
+
+def _spell(argument: str) -> str:
+    """--learning-rate=1 and --learning_rate=1 as --LEARNING_RATE=1."""
+    if not argument.startswith("--") or argument == "--help":
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].upper().replace("-", "_") + equals + value
+
+
+def _comments(path: str) -> dict[str, str]:
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    found = (re.match(r"([A-Z_]+): \w+ = .*?#\s*(.*)", line) for line in lines)
+    return {match[1]: match[2] for match in found if match}
+
+
+def _reader(name: str, kind: type) -> Callable[[str], object]:
+    def read(text: str) -> object:
+        try:
+            if kind is bool:
+                return {"true": True, "false": False}[text.lower()]
+            if kind is int and not re.fullmatch(r"[-+]?[\d_]+", text):
+                number = float(text)  # 1e6 is a whole number too
+                if number != int(number):
+                    raise ValueError
+                return int(number)
+            return kind(text)
+        except (ValueError, KeyError, OverflowError):
+            raise ConfigError(f"{name} must be {_article(kind)}, not {text!r}") from None
+
+    return read
+
+
+def _article(kind: type) -> str:
+    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[kind]
+
+
+def check(module: dict) -> None:
+    """Raise ConfigError, with one sentence, if the constants in `module` are ill-typed, out of range or at odds."""
+    for name, kind in constants(module).items():
+        value = module[name]
+        if kind is float and type(value) is int:
+            module[name] = float(value)
+        elif type(value) is not kind:
+            raise ConfigError(f"{name} must be {_article(kind)}, not {value!r}")
+    c = argparse.Namespace(**{name: module[name] for name in constants(module)})
+
+    def need(holds: bool, sentence: str) -> None:
+        if not holds:
+            raise ConfigError(sentence)
+
+    try:
+        normalize_game(c.GAME)
+    except ValueError as error:
+        raise ConfigError(f"GAME: {error}") from None
+    positive = (
+        "MAX_STEPS NUM_ENVS STACK_SIZE FRAME_SKIP EPS_DECAY BATCH_SIZE POLICY_UPDATE TARGET_UPDATE WARM_STEPS MEM_SIZE"
+    )
+    for name in (*positive.split(), "N_STEP", "QUANTILES", "EVALUATE_FREQ", "EVAL_EPISODES"):
+        need(getattr(c, name) >= 1, f"{name} must be at least 1, not {getattr(c, name)}")
+    for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
+        need(0 <= getattr(c, name) <= 1, f"{name} must be from 0 to 1, not {getattr(c, name)}")
+    for name in ("LEARNING_RATE", "ADAM_EPS"):
+        need(0 < getattr(c, name) < float("inf"), f"{name} must be a positive number, not {getattr(c, name)}")
+    need(0 <= c.SEED < 2**32, f"SEED must be from 0 to 2**32 - 1, not {c.SEED}")
+    need(c.EPS_END <= c.EPS_START, f"EPS_END ({c.EPS_END}) must not be above EPS_START ({c.EPS_START})")
+    need(
+        c.WARM_STEPS < c.MEM_SIZE,
+        f"WARM_STEPS ({c.WARM_STEPS}) must be below MEM_SIZE ({c.MEM_SIZE}), or learning never starts",
+    )
+    need(c.BATCH_SIZE <= c.WARM_STEPS, f"BATCH_SIZE ({c.BATCH_SIZE}) must not be above WARM_STEPS ({c.WARM_STEPS})")
+    least = (c.STACK_SIZE + c.N_STEP) * c.NUM_ENVS
+    need(
+        least <= c.MEM_SIZE,
+        f"MEM_SIZE ({c.MEM_SIZE}) is too small for NUM_ENVS ({c.NUM_ENVS}): it must be at least {least}",
+    )
+    least = (c.N_STEP + 1) * c.NUM_ENVS
+    need(
+        least <= c.WARM_STEPS,
+        f"WARM_STEPS ({c.WARM_STEPS}) is too small for NUM_ENVS ({c.NUM_ENVS}): it must be at least {least}",
+    )
+    need(c.EVALUATE_FREQ >= c.NUM_ENVS, f"EVALUATE_FREQ ({c.EVALUATE_FREQ}) must be at least NUM_ENVS ({c.NUM_ENVS})")
+    need(c.PRECISION in DTYPES, f"PRECISION must be one of {', '.join(DTYPES)}, not {c.PRECISION!r}")
+    choose_device(c.DEVICE)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device `name`, or for "auto" CUDA when there is one, else MPS, else the CPU. Raises ConfigError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"DEVICE {name!r} is not there; try auto or cpu") from None
+    return device
+
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic `name`, or for "auto" bfloat16 where the device computes in it, else float32."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = (
+            device.type == "cpu"
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and torch.cpu._is_avx512_bf16_supported()
+        )
+    return torch.bfloat16 if fast else torch.float32
+
+
+def choose_storage(
+    device: torch.device, memory: type[ReplayMemory], mem_size: int, num_envs: int
+) -> tuple[torch.device, str]:
+    """Where the replay memory goes, and a sentence that says what it takes: on a GPU with room for it, else in RAM.
+
+    Raises ConfigError, with needed and free bytes, if it fits nowhere.
+    """
+    needed = memory.needed_bytes(mem_size, num_envs)
+    places = [device] if device.type == "cuda" else []  # MPS has no float64, and shares the RAM anyway
+    for place in (*places, torch.device("cpu")):
+        free = free_bytes(place)
+        sentence = f"replay memory for {mem_size:,} steps: {needed / 1e9:.2f} GB on {place}, {free / 1e9:.2f} GB free"
+        if needed + HEADROOM <= free:
+            return place, sentence
+    raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; lower MEM_SIZE or free some")
+
+
+def open_results(save_prefix: str) -> Path:
+    """Make the directory for models and return it. Raises ConfigError where results cannot go or would overwrite others."""
+    directory = Path(save_prefix)
+    for old in (Path("rewards.txt"), *sorted(directory.glob("model_*"))[:1]):
+        if old.exists():
+            raise ConfigError(f"{old} is from an earlier run; move it away, or start in another directory")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for place in (directory, Path(".")):
+            probe = place / f".probe-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to {error.filename}: {error.strerror}") from None
+    return directory

@@ -1,0 +1,172 @@
+"""Agent: epsilon-greedy actions and temporal-difference updates of a policy network against a target network."""
+
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from utils_model import DQN
+from utils_types import Batch
+
+
+def td_targets(batch: Batch, next_target: Tensor, next_choice: Tensor) -> Tensor:
+    """Target quantiles [B, q]: returns + discounts * those that `next_target` gives the best action of `next_choice`.
+
+    Both are values [B, A, q] of the next states: of the target network, and of the network that chooses the action,
+    which is the target network again or, in Double DQN (van Hasselt et al. 2016), the policy network.
+    """
+    best = next_choice.mean(2).argmax(1)
+    values = next_target[torch.arange(len(best), device=best.device), best]
+    return batch.returns[:, None] + batch.discounts[:, None] * values
+
+
+def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
+    """Per-sample loss [B] of quantiles `values` [B, q] for `targets` [B, q] (Dabney et al. 2018, eq. 10, kappa = 1).
+
+    Twice the paper's: with one quantile, whose fraction is 1/2, it is then exactly the smooth-L1 of the TD error.
+    """
+    quantiles = values.shape[1]
+    fractions = (torch.arange(quantiles, dtype=values.dtype, device=values.device) + 0.5) / quantiles
+    error = targets[:, None, :] - values[:, :, None]  # [B, value, target]
+    slope = 2 * (fractions[:, None] - (error < 0).to(values.dtype)).abs()
+    zero = torch.zeros((), dtype=values.dtype, device=values.device).expand_as(error)
+    return (slope * F.smooth_l1_loss(error, zero, reduction="none")).mean(2).sum(1)
+
+
+class Agent:
+    """A DQN agent.
+
+    `epsilon` falls linearly from `eps_start` to `eps_end` over the first `eps_decay` steps acted while training.
+    `dtype` is the arithmetic of the networks' bodies: float32, bfloat16, or float64 for the whole agent.
+    """
+
+    def __init__(
+        self,
+        action_dim: int,
+        device: torch.device | str = "cpu",
+        *,
+        stack_size: int = 4,
+        learning_rate: float = 6.25e-5,
+        adam_eps: float = 1.5e-4,
+        eps_start: float = 1.0,
+        eps_end: float = 0.1,
+        eps_decay: int = 1_000_000,
+        double_dqn: bool = False,
+        dueling: bool = False,
+        quantiles: int = 1,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ):
+        self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
+        self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
+        self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # the same first weights on every device, and no trace in torch's own stream
+            torch.manual_seed(seed)
+            self.policy = DQN(**self.shape, dtype=dtype)
+        self.target = DQN(**self.shape, dtype=dtype)
+        for network in (self.policy, self.target):
+            network.to(self.device, torch.float64 if dtype == torch.float64 else torch.float32)
+        self.target.requires_grad_(False)
+        self.sync()
+        self._parameters = list(self.policy.parameters())
+        self._optimizer = torch.optim.Adam(
+            self._parameters, lr=learning_rate, eps=adam_eps, fused=self.device.type != "mps"
+        )
+        self._rng = np.random.default_rng(seed)
+        self._trained_steps = 0
+
+    @property
+    def epsilon(self) -> float:
+        """The probability of a random action now."""
+        done = min(self._trained_steps / self.eps_decay, 1.0)
+        return self.eps_start + (self.eps_end - self.eps_start) * done
+
+    def run(
+        self,
+        states: Tensor,
+        training: bool = False,
+        *,
+        epsilon: float | None = None,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Epsilon-greedy actions [N] int64 for `states` [N, S, 84, 84] uint8. Fetching them is a wait for the device.
+
+        `training` lets epsilon fall afterwards. An evaluation gives its own `epsilon` and `rng`, and leaves no trace.
+        """
+        epsilon = self.epsilon if epsilon is None else epsilon
+        rng = self._rng if rng is None else rng
+        explore = rng.random(len(states)) < epsilon
+        actions = rng.integers(self.action_dim, size=len(states))
+        if not explore.all():
+            actions = np.where(explore, actions, self._greedy(states).cpu().numpy())
+        if training:
+            self._trained_steps += len(states)
+        return actions
+
+    @torch.no_grad()
+    def _greedy(self, states: Tensor) -> Tensor:
+        return self.policy(states).mean(2).argmax(1)
+
+    def learn(self, memory, batch_size: int) -> Tensor:
+        """One update from `memory.sample(batch_size)`, whose priorities then follow the TD errors.
+
+        Returns the loss, a scalar on the device, without waiting for it.
+        """
+        batch = memory.sample(batch_size)
+        loss, td_errors = self._loss(batch)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for parameter in self._parameters:
+            parameter.grad.clamp_(-1, 1)
+        self._optimizer.step()
+        memory.update_priorities(batch.indices, td_errors)
+        return loss.detach()
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss and the unweighted TD errors [B] of the mean values."""
+        with torch.no_grad():
+            next_target = self.target(batch.next_states)
+            next_choice = self.policy(batch.next_states) if self.double_dqn else next_target
+            targets = td_targets(batch, next_target, next_choice)
+        rows = torch.arange(len(batch.actions), device=self.device)
+        values = self.policy(batch.states)[rows, batch.actions]
+        loss = (batch.weights * quantile_loss(values, targets)).mean()
+        return loss, values.detach().mean(1) - targets.mean(1)
+
+    def sync(self) -> None:
+        """Copy the policy network into the target network."""
+        with torch.no_grad():
+            for target, policy in zip(self.target.parameters(), self.policy.parameters(), strict=True):
+                target.copy_(policy)
+
+    def save(self, path: str | os.PathLike, **about) -> None:
+        """Write the policy's weights, its shape and plain values `about` it; the file appears whole or not at all."""
+        path = os.fspath(path)
+        torch.save({"about": about, "shape": self.shape, "weights": self.policy.state_dict()}, path + ".tmp")
+        os.replace(path + ".tmp", path)
+
+    def load(self, path: str | os.PathLike) -> dict:
+        """Load weights that `save` wrote into both networks and return what was saved `about` them.
+
+        Only tensors and plain values are read: a file from a stranger runs no code. Raises ValueError for a file
+        that is no model, is damaged, or is of another shape, and OSError for one that cannot be read.
+        """
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            shape, weights, about = saved["shape"], saved["weights"], saved["about"]
+        except OSError:
+            raise
+        except Exception as error:  # torch.load raises a dozen kinds for damaged files
+            raise ValueError(f"{os.fspath(path)} is not a model of this program, or it is damaged") from error
+        if shape != self.shape:
+            raise ValueError(f"{os.fspath(path)} holds a network of {shape}, this one is of {self.shape}")
+        try:
+            self.policy.load_state_dict(weights)
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise ValueError(f"{os.fspath(path)} holds weights that do not fit the network it names") from error
+        self.sync()
+        return about

@@ -1,0 +1,245 @@
+"""AtariEnv: many Atari games in step as stacks of 84x84 frames, with lives, rewards and ends as DQN wants them."""
+
+import difflib
+import pathlib
+
+import numpy as np
+import torch
+from ale_py import roms
+from ale_py.vector_env import AtariVectorEnv
+from PIL import Image
+from torch import Tensor
+
+from utils_types import Transition
+
+TWO_PLAYERS_ONLY = ("combat", "joust", "maze_craze", "warlords")  # the vectoriser ends the process over these
+SCREEN = (210, 160)  # rows and columns of a true-colour frame
+EPISODE_FRAMES = 108_000  # a training game's limit, half an hour
+EVAL_FRAMES = 18_000  # an evaluation game's limit, five minutes
+FRAMES_PER_SECOND = 60
+
+
+def normalize_game(name: str) -> str:
+    """The ROM's name for any usual spelling: Breakout, ALE/Breakout-v5, BreakoutNoFrameskip-v4, breakout.
+
+    Raises ValueError, naming the nearest game, for one that ale-py does not ship or that needs two players.
+    """
+    games = sorted(set(roms.get_all_rom_ids()) - set(TWO_PLAYERS_ONLY))
+    squeezed = {game.replace("_", ""): game for game in games}
+    plain = name.split("/")[-1].split("-v")[0].split("-ram")[0]
+    for suffix in ("NoFrameskip", "Deterministic"):
+        plain = plain.removesuffix(suffix)
+    plain = plain.lower().replace("_", "").replace("-", "").replace(" ", "")
+    if plain in squeezed:
+        return squeezed[plain]
+    if plain in (game.replace("_", "") for game in TWO_PLAYERS_ONLY):
+        raise ValueError(f"the game {name!r} needs two players")
+    nearest = difflib.get_close_matches(plain, squeezed, n=1, cutoff=0.0)[0]
+    raise ValueError(f"there is no game {name!r}; the nearest is {squeezed[nearest]!r}")
+
+
+class AtariEnv:
+    """`num_envs` games of one ROM, advanced together by the emulators' own threads.
+
+    - A lost life is terminal for learning, but the game goes on. Rewards are clipped to [-1, 1]; raw scores are kept.
+    - FIRE is pressed for the agent after a reset (by the vectoriser) and after a lost life, where the game has it;
+      without it Breakout never serves the next ball. The transition names the action that was really executed.
+    - The row after a game's end is the first of the next game: its action was ignored and its age is 0.
+    - A stack never mixes two games; where a game has no earlier frames it is black.
+
+    `send` and `recv` are the halves of `step`: between them the emulators work and the caller is free to do so too.
+    """
+
+    def __init__(
+        self,
+        game: str,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        *,
+        stack_size: int = 4,
+        frame_skip: int = 4,
+        num_threads: int = 0,
+        max_frames: int = EPISODE_FRAMES,
+    ):
+        self.game, self.num_envs, self.device = normalize_game(game), num_envs, torch.device(device)
+        self.stack_size, self.frame_skip, self.num_threads = stack_size, frame_skip, num_threads
+        self._emulators = AtariVectorEnv(
+            self.game,
+            num_envs,
+            num_threads=num_threads,
+            max_num_frames_per_episode=max_frames,
+            frameskip=frame_skip,
+            stack_num=1,  # stacks are built where the agent is, from frames that travel once
+            reward_clipping=False,  # clipping inside would lose the score
+            life_loss_info=True,  # episodic_life would restart the whole game and hide the later lives' states
+        )
+        self._meanings = [action.name for action in self._emulators.ale.get_action_set()]
+        self._fire = self._meanings.index("FIRE") if "FIRE" in self._meanings else None
+        self._in_flight = False
+        self.finished_scores: list[float] = []  # raw scores of games as they end, for the caller to read and clear
+
+    def get_action_dim(self) -> int:
+        """The number of actions of the game's minimal action set."""
+        return len(self._meanings)
+
+    def get_action_meanings(self) -> list[str]:
+        """What each action presses, in the order of the action numbers."""
+        return list(self._meanings)
+
+    def get_eval_lives(self) -> int:
+        """Lives at the start of a game, 0 in games that have none. Known after the first reset."""
+        return self._lives
+
+    def reset(self, seed: int | list[int]) -> tuple[Tensor, Transition]:
+        """Start every game anew, each with a seed drawn from `seed`; return states [N, S, 84, 84] and the first row."""
+        if self._in_flight:
+            self.recv()  # the vectoriser would answer the reset with this step
+        self._seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1  # the vectoriser takes 31 bits
+        frames, info = self._emulators.reset(seed=self._seeds.astype(np.int64))
+        self._lives = int(info["lives"][0])
+        self._clock = info["episode_frame_number"]
+        self._ages = np.zeros(self.num_envs, np.int64)
+        self._scores = np.zeros(self.num_envs)
+        self._terminals = np.zeros(self.num_envs, bool)
+        self._actions = np.zeros(self.num_envs, np.int64)
+        self._states = torch.zeros(
+            self.num_envs, self.stack_size, *frames.shape[2:], dtype=torch.uint8, device=self.device
+        )
+        return self._row(frames, np.zeros(self.num_envs))
+
+    def send(self, actions: np.ndarray) -> None:
+        """Start one step of every game. Raises ValueError for actions that are not one legal number per game."""
+        actions = np.array(actions, dtype=np.int64)
+        if actions.shape != (self.num_envs,):
+            raise ValueError(f"{self.num_envs} games need {self.num_envs} actions, not {list(actions.shape)}")
+        if actions.min() < 0 or actions.max() >= len(
+            self._meanings
+        ):  # an illegal action would hang the emulators for ever
+            wrong = actions[(actions < 0) | (actions >= len(self._meanings))][0]
+            raise ValueError(f"an action of {self.game} is from 0 to {len(self._meanings) - 1}, not {wrong}")
+        if self._fire is not None and self._lives:
+            actions[self._terminals] = self._fire
+        self._actions = actions
+        self._in_flight = True
+        self._emulators.send(actions)
+
+    def recv(self) -> tuple[Tensor, Transition]:
+        """Wait for the step that `send` started; return the states [N, S, 84, 84] after it and its row."""
+        frames, rewards, self._terminals, _, info = self._emulators.recv()
+        self._in_flight = False
+        # A game's own clock falls only when it restarts. Flags and lives do not tell: a life lost at the frame limit
+        # reports neither truncation nor the last life, and some games play their last life with none left.
+        restarted = info["episode_frame_number"] < self._clock
+        self._clock = info["episode_frame_number"]
+        self._ages = np.where(restarted, 0, np.minimum(self._ages + 1, max(self.stack_size - 1, 1)))
+        self._ended = [(int(game), float(self._scores[game])) for game in np.flatnonzero(restarted)]
+        self.finished_scores += [score for _, score in self._ended]
+        self._scores = np.where(restarted, 0.0, self._scores + rewards)
+        return self._row(frames, rewards)
+
+    def step(self, actions: np.ndarray) -> tuple[Tensor, Transition]:
+        """`send` and `recv` in one."""
+        self.send(actions)
+        return self.recv()
+
+    def _row(self, frames: np.ndarray, rewards: np.ndarray) -> tuple[Tensor, Transition]:
+        # Two uploads a row: the frames, and everything else as one small table.
+        frames = self._upload(frames[:, 0])
+        table = np.stack([self._actions, np.clip(rewards, -1, 1), self._terminals, self._ages]).astype(np.float32)
+        actions, rewards, terminals, ages = self._upload(table)
+        row = Transition(frames, actions.long(), rewards, terminals.bool(), ages.long())
+        earlier = self._states[:, 1:] * (row.ages > 0)[:, None, None, None]
+        self._states = torch.cat([earlier, frames[:, None]], dim=1)
+        return self._states, row
+
+    def _upload(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":  # torch keeps the pinned copy until the upload, which nothing waits for, is done
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
+
+    def evaluate(
+        self,
+        agent,
+        episodes: int,
+        epsilon: float,
+        seed: int | list[int],
+        *,
+        max_frames: int = EVAL_FRAMES,
+        record: bool = False,
+    ) -> np.ndarray:
+        """Raw scores [episodes] of whole games (all lives), played side by side with `agent.run` at `epsilon`.
+
+        The games start with up to 30 random no-ops and end after `max_frames` frames. They have emulators and random
+        numbers of their own, from `seed`: training goes on as if nothing had happened. With `record`, `get_frame` then
+        shows the first of them.
+        """
+        if episodes < 1:
+            raise ValueError(f"an evaluation needs at least 1 game, not {episodes}")
+        games = AtariEnv(
+            self.game,
+            episodes,
+            self.device,
+            stack_size=self.stack_size,
+            frame_skip=self.frame_skip,
+            num_threads=self.num_threads,
+            max_frames=max_frames,
+        )
+        rng = np.random.default_rng(seed)
+        scores = np.full(episodes, np.nan)
+        played = []
+        states, _ = games.reset(seed)
+        while np.isnan(scores).any():
+            games.send(agent.run(states, epsilon=epsilon, rng=rng))
+            if np.isnan(scores[0]):
+                played.append(games._actions[0])
+            states, _ = games.recv()
+            for game, score in games._ended:
+                if np.isnan(scores[game]):  # a game that is over starts again and plays on, uncounted
+                    scores[game] = score
+        if record:
+            self._replay = _replay(self.game, self.frame_skip, max_frames, games._seeds[0], played[:-1])
+        return scores
+
+    def get_frame(self) -> np.ndarray | None:
+        """The next true-colour frame [210, 160, 3] uint8 of the recorded game, one per step; None after the last."""
+        return next(self._replay, None)
+
+    def save_recording(self, directory: str | pathlib.Path) -> None:
+        """Write the recorded game as `directory`/000000.png ... and, beside it, as the animation `directory`.gif."""
+        directory = pathlib.Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        images = []
+        for number, frame in enumerate(self._replay):
+            image = Image.fromarray(frame)
+            image.save(directory / f"{number:06d}.png")
+            # An Atari shows at most 128 colours, so a palette loses nothing; twice the width makes its pixels square.
+            images.append(
+                image.quantize(256, dither=Image.Dither.NONE).resize(
+                    (2 * SCREEN[1], SCREEN[0]), Image.Resampling.NEAREST
+                )
+            )
+        duration = round(1000 * self.frame_skip / FRAMES_PER_SECOND, -1)  # GIF counts hundredths of a second
+        images[0].save(
+            directory.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=duration, loop=0
+        )
+
+
+def _replay(game: str, frame_skip: int, max_frames: int, seed: int, actions: list[int]):
+    """Yield the true-colour frames of the game that `seed` starts and `actions` play: the emulator is deterministic."""
+    screen = AtariVectorEnv(
+        game,
+        1,
+        num_threads=1,
+        max_num_frames_per_episode=max_frames,
+        frameskip=frame_skip,
+        stack_num=1,
+        grayscale=False,
+        img_height=SCREEN[0],
+        img_width=SCREEN[1],
+    )
+    frames, _ = screen.reset(seed=int(seed))
+    yield frames[0, 0]
+    for action in actions:
+        frames = screen.step(np.array([action]))[0]
+        yield frames[0, 0]

@@ -1,0 +1,295 @@
+"""Replay memories that keep every frame once, on whatever device has room.
+
+The memory is a ring of rows. A row is one step of all N games: each game's newest 84x84 frame, how many earlier
+frames of the same game precede it (its age), and the action, reward and terminal flag of the step that starts there.
+Rows are numbered from 0 without end and row r lies at r % rows; the transition of row r and game i has the index
+r * N + i, which is never reused, and lies in slot index % capacity. A game's previous frame is N slots earlier, so a
+stack is a gather over index - k * N, black where k exceeds the age.
+
+A transition may be sampled while its whole stack and its n-step window are there. Of a full ring that leaves out the
+`stack_size - 1` oldest rows, whose stacks the write head has begun to overwrite, and the `n_step` newest. It also
+leaves out the step after a game's end: its action was ignored and led to another game's first frame (age 0).
+
+Everything that changes from step to step is a tensor on the memory's device, and no method waits for the device.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from sumtree import SumTree
+from utils_types import FRAME_SHAPE, Batch, Transition
+
+ROW_DTYPES = {"actions": torch.int64, "rewards": torch.float32, "terminals": torch.bool, "ages": torch.int64}
+TRIES = 4  # candidates per uniform draw; all four miss less than once in 10^8 draws, unless games last a few steps
+
+
+class ReplayMemory:
+    """Uniform replay over the last `capacity` steps of `num_envs` games (Mnih et al. 2015, methods).
+
+    `capacity` is rounded up to whole rows. Batches are delivered on `learner_device`, by default the memory's own.
+    Raises ValueError for sizes below 1 and for a capacity that cannot hold one stack and one n-step window per game.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        *,
+        stack_size: int = 4,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        frame_shape: tuple[int, int] = FRAME_SHAPE,
+        device: torch.device | str = "cpu",
+        learner_device: torch.device | str | None = None,
+        seed: int = 0,
+    ):
+        for name, value in (
+            ("capacity", capacity),
+            ("num_envs", num_envs),
+            ("stack_size", stack_size),
+            ("n_step", n_step),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        self.rows = -(-capacity // num_envs)
+        if self.rows < stack_size + n_step:
+            least = (stack_size + n_step - 1) * num_envs + 1
+            raise ValueError(
+                f"a memory of {capacity} steps is too small for {num_envs} games: it needs at least {least}"
+            )
+        self.capacity = self.rows * num_envs
+        self.num_envs, self.stack_size, self.n_step = num_envs, stack_size, n_step
+        self.frame_shape = tuple(frame_shape)
+        self.device = torch.device(device)
+        self.learner_device = self.device if learner_device is None else torch.device(learner_device)
+
+        # One frame more than slots: the last stays black, for stacks that reach back before their game's first frame.
+        pixels = self.frame_shape[0] * self.frame_shape[1]
+        pinned = self.device.type == "cpu" and self.learner_device.type == "cuda"
+        self._frames = torch.zeros(self.capacity + 1, pixels, dtype=torch.uint8, device=self.device, pin_memory=pinned)
+        self._ages = torch.zeros(self.capacity, dtype=torch.uint8, device=self.device)
+        self._actions = torch.zeros(self.capacity, dtype=torch.uint8, device=self.device)
+        self._rewards = torch.zeros(self.capacity, dtype=torch.float32, device=self.device)
+        self._terminals = torch.zeros(self.capacity, dtype=torch.bool, device=self.device)
+
+        self._pushed = 0  # rows, on the host, to address the ring
+        self._count = torch.zeros(
+            (), dtype=torch.int64, device=self.device
+        )  # the same number where the device reads it
+        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._row = torch.arange(num_envs, device=self.device)
+        self._ahead = torch.arange(n_step, device=self.device) * num_envs
+        self._back = torch.arange(stack_size - 1, -1, -1, device=self.device)
+        self._gammas = torch.tensor([gamma**k for k in range(n_step + 1)], device=self.device)
+
+    @staticmethod
+    def needed_bytes(capacity: int, num_envs: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
+        """Bytes a uniform memory of these sizes allocates."""
+        slots = -(-capacity // num_envs) * num_envs
+        return (slots + 1) * frame_shape[0] * frame_shape[1] + slots * 7  # age 1, action 1, reward 4, terminal 1
+
+    def __len__(self) -> int:
+        """Steps stored."""
+        return max(min(self._pushed - 1, self.rows), 0) * self.num_envs
+
+    def push(self, row: Transition) -> None:
+        """Append one row: first the one from `reset`, then one for every step."""
+        if row.frames.shape != (self.num_envs, *self.frame_shape) or row.frames.dtype != torch.uint8:
+            raise ValueError(
+                f"a row of frames must be uint8 {[self.num_envs, *self.frame_shape]}, "
+                f"not {row.frames.dtype} {list(row.frames.shape)}"
+            )
+        for name, dtype in ROW_DTYPES.items():
+            value = getattr(row, name)
+            if value.shape != (self.num_envs,) or value.dtype != dtype:
+                raise ValueError(
+                    f"{name} of a row must be {dtype} [{self.num_envs}], not {value.dtype} {list(value.shape)}"
+                )
+        here, before = self._slots(self._pushed), self._slots(self._pushed - 1)
+        self._frames[here] = row.frames.reshape(self.num_envs, -1)
+        self._ages[here] = row.ages
+        self._actions[before] = row.actions
+        self._rewards[before] = row.rewards
+        self._terminals[before] = row.terminals
+        self._pushed += 1
+        self._count += 1
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw `batch_size` transitions, each equally likely, with replacement."""
+        self._check_sample(batch_size)
+        first, last = self._window()
+        draws = torch.rand(TRIES, batch_size, dtype=torch.float64, generator=self._generator, device=self.device)
+        candidates = first + (draws * (last - first)).long()
+        found = self._is_transition(candidates)
+        choice = found.byte().argmax(0, keepdim=True)  # the first try that hit a transition
+        indices = candidates.gather(0, choice).squeeze(0)
+        weights = found.gather(0, choice).squeeze(0).float()  # 0 where no try did
+        return self._deliver(self.gather(indices)._replace(weights=weights))
+
+    def gather(self, indices: Tensor) -> Batch:
+        """The transitions `indices` [B], with weights of 1."""
+        steps = indices[:, None] + self._ahead  # [B, n_step]
+        rewards, terminals = self._at(self._rewards, steps), self._at(self._terminals, steps)
+        # Step m is taken unless the life or game ended before it. A step to age 0 is one that a finished game ignored:
+        # without a terminal before it that game was truncated, and the window ends early at its true last frame.
+        goes_on = self._is_transition(steps[:, 1:]) & ~terminals[:, :-1]
+        taken = torch.cat([torch.ones_like(terminals[:, :1]), goes_on], dim=1).cumprod(1)
+        length = taken.sum(1)
+        over = (terminals & taken.bool()).any(1)
+        both = self._stacks(torch.cat([indices, indices + length * self.num_envs]))
+        return Batch(
+            states=both[: len(indices)],
+            actions=self._at(self._actions, indices).long(),
+            returns=(rewards * taken * self._gammas[:-1]).sum(1),
+            next_states=both[len(indices) :],
+            discounts=self._gammas[length] * ~over,
+            weights=torch.ones_like(rewards[:, 0]),
+            indices=indices,
+        )
+
+    def sampleable(self) -> Tensor:
+        """Every index [K] int64, ascending, that `sample` may return now."""
+        first, last = self._window()
+        indices = torch.arange(int(first), max(int(first), int(last)), device=self.device)
+        return indices[self._is_transition(indices)]
+
+    def update_priorities(self, indices: Tensor, td_errors: Tensor) -> None:
+        """Uniform replay has no priorities."""
+
+    def _window(self) -> tuple[Tensor, Tensor]:
+        """First and past-the-last index of the rows whose stacks and n-step windows are whole."""
+        oldest = (self._count - self.rows + self.stack_size - 1).clamp_min(0)
+        return oldest * self.num_envs, (self._count - self.n_step) * self.num_envs
+
+    def _slots(self, row: int) -> slice:
+        start = row % self.rows * self.num_envs
+        return slice(start, start + self.num_envs)
+
+    def _at(self, values: Tensor, indices: Tensor) -> Tensor:
+        return values[indices % self.capacity]
+
+    def _is_transition(self, indices: Tensor) -> Tensor:
+        return self._at(self._ages, indices + self.num_envs) > 0
+
+    def _stacks(self, indices: Tensor) -> Tensor:
+        """Frame stacks [B, S, H, W] that end at `indices` [B], oldest frame first."""
+        ages = self._at(self._ages, indices)
+        sources = (indices[:, None] - self._back * self.num_envs) % self.capacity
+        sources = torch.where(self._back <= ages[:, None], sources, self.capacity)
+        return self._frames.index_select(0, sources.flatten()).view(-1, self.stack_size, *self.frame_shape)
+
+    def _deliver(self, batch: Batch) -> Batch:
+        if self.learner_device == self.device:
+            return batch
+        if self.learner_device.type == "cuda":
+            batch = Batch(*(value.pin_memory() for value in batch))
+        return Batch(*(value.to(self.learner_device, non_blocking=True) for value in batch))
+
+    def _check_sample(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"a batch size must be at least 1, not {batch_size}")
+        if self._pushed <= self.n_step:
+            raise ValueError(
+                f"nothing to sample: {self._pushed} rows are stored, and a transition needs {self.n_step + 1}"
+            )
+
+
+class PrioritizedReplayMemory(ReplayMemory):
+    """Proportional prioritized replay (Schaul et al. 2016, section 3.3), with priorities bounded by clipped TD errors.
+
+    The priority of a transition is (min(|TD error|, 1) + 0.01) ** alpha. A new one gets the largest possible priority,
+    a constant, so nothing grows for ever. Importance weights are (n * P(i)) ** -beta over their maximum in the batch,
+    in which n cancels; beta goes linearly from `beta_start` to 1 while `beta_steps` steps are pushed.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        num_envs: int,
+        *,
+        alpha: float = 0.5,
+        beta_start: float = 0.4,
+        beta_steps: int = 1_000_000,
+        **kwargs,
+    ):
+        super().__init__(capacity, num_envs, **kwargs)
+        self.alpha, self.beta_start, self.beta_steps = alpha, beta_start, beta_steps
+        self._tree = SumTree(self.capacity, self.device)
+        self._new_priority = (1.0 + 0.01) ** alpha
+
+    @staticmethod
+    def needed_bytes(capacity: int, num_envs: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
+        """Bytes a prioritized memory of these sizes allocates."""
+        slots = -(-capacity // num_envs) * num_envs
+        tree = 8 * (slots + (1 << (slots - 1).bit_length()) + 1)
+        return ReplayMemory.needed_bytes(capacity, num_envs, frame_shape) + tree
+
+    def push(self, row: Transition) -> None:
+        """Append one row: another one's n-step window becomes whole and it gets priorities, a third loses its stack."""
+        super().push(row)
+        # Before the ring is full, or the window complete, these are rows not yet written: no transition, priority 0.
+        ready = (self._count - 1 - self.n_step) * self.num_envs + self._row
+        retired = (self._count - self.rows + self.stack_size - 2) * self.num_envs + self._row
+        priorities = self._is_transition(ready) * self._new_priority
+        slots = torch.cat([retired, ready]) % self.capacity
+        self._tree.update(slots, torch.cat([torch.zeros_like(priorities), priorities]))
+
+    def sample(self, batch_size: int) -> Batch:
+        """Draw `batch_size` transitions in proportion to their priorities, one from each slice of their sum."""
+        self._check_sample(batch_size)
+        slots, probabilities = self._tree.sample(batch_size, self._generator)
+        weights = (probabilities / probabilities.min()) ** -self._beta()
+        oldest = (self._count - self.rows) * self.num_envs
+        indices = oldest + (slots - oldest) % self.capacity
+        return self._deliver(self.gather(indices)._replace(weights=weights.float()))
+
+    def update_priorities(self, indices: Tensor, td_errors: Tensor) -> None:
+        """Set the priorities of `indices` [B] from unweighted TD errors [B].
+
+        An index that has left the memory, or is not sampleable for another reason, changes nothing.
+        """
+        indices, td_errors = indices.to(self.device), td_errors.to(self.device)
+        alive = self.priorities(indices) > 0
+        priorities = (td_errors.double().abs().clamp_max(1.0) + 0.01) ** self.alpha
+        # Dead indices are pointed at the newest row, which always waits for its window with priority 0.
+        newest = (self._count - 1) * self.num_envs
+        self._tree.update(torch.where(alive, indices, newest) % self.capacity, torch.where(alive, priorities, 0.0))
+
+    def priorities(self, indices: Tensor) -> Tensor:
+        """The priorities [B] float64 of `indices` [B], 0 for those that may not be sampled."""
+        first, last = self._window()
+        there = (indices >= first) & (indices < last)
+        return self._tree.priorities(indices % self.capacity) * there
+
+    @property
+    def beta(self) -> float:
+        """The exponent of the importance weights now. Reading it waits for the device."""
+        return float(self._beta())
+
+    def _beta(self) -> Tensor:
+        pushed = (self._count - 1).clamp_min(0) * self.num_envs
+        return self.beta_start + (1.0 - self.beta_start) * (pushed.double() / self.beta_steps).clamp_max(1.0)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on `device` now; for the CPU, what machine and control group leave available."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
+                free = min(free, int(most.read()) - int(now.read()))
+        except (OSError, ValueError):  # no such control group, or no limit ("max")
+            continue
+    return free

@@ -1,0 +1,33 @@
+"""The shapes that travel between the files, each documented once.
+
+Letters: N games in step, B batch size, S stack size, H x W = 84 x 84 pixels. One *step* is one decision of the agent in
+one game, which is FRAME_SKIP emulator frames; one *row* is one step of every game.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+FRAME_SHAPE = (84, 84)
+
+
+class Transition(NamedTuple):
+    """One row: what the games answered to one action each. The row that `reset` returns has no action before it."""
+
+    frames: Tensor  # [N, H, W] uint8, the newest frame, seen after `actions`
+    actions: Tensor  # [N] int64, the actions that were really executed
+    rewards: Tensor  # [N] float32, clipped to [-1, 1]
+    terminals: Tensor  # [N] bool, whether this action ended a life or the game; a truncation is not terminal
+    ages: Tensor  # [N] int64, earlier frames of this game, at most max(S - 1, 1); 0: its first, no action led there
+
+
+class Batch(NamedTuple):
+    """Transitions to learn from. In every variant the TD target is `returns + discounts * max Q(next_states)`."""
+
+    states: Tensor  # [B, S, H, W] uint8
+    actions: Tensor  # [B] int64
+    returns: Tensor  # [B] float32, discounted sum of up to N_STEP rewards
+    next_states: Tensor  # [B, S, H, W] uint8
+    discounts: Tensor  # [B] float32, gamma^k after k steps, 0 where the life or game ended inside them
+    weights: Tensor  # [B] float32, importance weights, 1 for uniform replay
+    indices: Tensor  # [B] int64, where the memory finds these transitions again
