@@ -208,7 +208,7 @@ def choose_storage(
 
 
 def open_results(save_prefix: str) -> Path:
-    """Make the directory for models and return it. Raises ConfigError where results cannot go or would overwrite others."""
+    """Make the directory for models and return it. Raises ConfigError where results cannot go or would mix."""
     directory = Path(save_prefix)
     for old in (Path("rewards.txt"), *sorted(directory.glob("model_*"))[:1]):
         if old.exists():

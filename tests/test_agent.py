@@ -525,7 +525,8 @@ def test_run_returns_one_int64_per_game_in_a_numpy_array():
 
 @pytest.mark.parametrize("mode", ["warming up", "training", "evaluating"])
 def test_epsilon_one_gives_uniform_and_independent_actions(mode):
-    agent = Agent(ACTIONS, eps_start=1, eps_end=1)
+    own = 0 if mode == "evaluating" else 1
+    agent = Agent(ACTIONS, eps_start=own, eps_end=own)
     fill(agent.policy, 1)
     states, rng = make_states(1).expand(32, -1, -1, -1), np.random.default_rng(4)
     options = {"warming up": {}, "training": {"training": True}, "evaluating": {"epsilon": 1.0, "rng": rng}}[mode]
@@ -538,7 +539,8 @@ def test_epsilon_one_gives_uniform_and_independent_actions(mode):
 @pytest.mark.parametrize("quantiles", [1, 5])
 @pytest.mark.parametrize("mode", ["warming up", "training", "evaluating"])
 def test_epsilon_zero_gives_the_action_of_the_highest_mean_value(mode, quantiles):
-    agent = Agent(ACTIONS, eps_start=0, eps_end=0, quantiles=quantiles)
+    own = 1 if mode == "evaluating" else 0
+    agent = Agent(ACTIONS, eps_start=own, eps_end=own, quantiles=quantiles)
     fill(agent.policy, 1)
     fill(agent.target, 2)
     states, rng = make_states(40), np.random.default_rng(4)
@@ -556,7 +558,8 @@ def test_epsilon_zero_gives_the_action_of_the_highest_mean_value(mode, quantiles
 
 @pytest.mark.parametrize("mode", ["training", "evaluating"])
 def test_epsilon_between_explores_that_share_in_each_game_by_itself(mode):
-    agent = Agent(ACTIONS, eps_start=0.4, eps_end=0.4)
+    own = 0.9 if mode == "evaluating" else 0.4
+    agent = Agent(ACTIONS, eps_start=own, eps_end=own)
     fill(agent.policy, 1)
     states, rng = make_states(32), np.random.default_rng(5)
     options = {"training": {"training": True}, "evaluating": {"epsilon": 0.4, "rng": rng}}[mode]

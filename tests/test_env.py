@@ -5,6 +5,7 @@ truth that AtariEnv has to tell.
 """
 
 import hashlib
+import itertools
 
 import ale_py
 import gymnasium
@@ -20,7 +21,6 @@ from utils_env import AtariEnv, normalize_game
 
 ALEInterface.setLoggerMode(LoggerMode.Error)
 NOOP, FIRE, RIGHT, LEFT = range(4)  # of Breakout
-START_ACTIONS = 29  # FIRE and no-ops that a game can start with
 
 
 @pytest.fixture
@@ -147,20 +147,24 @@ def area_average(screen, size=84):
 
 # ---- pixels
 
+GOLDEN_CLOCK = 10
+GOLDEN_MEMORY = "95cec3133def9162"
+GOLDEN_SCREENS = "8b7ef3951ae00549"
+GOLDEN_FRAMES = "d3c53d731bf719b5"
+
 
 def test_golden_frames_of_a_known_game(starts):
-    actions = [(t * t // 3 + t // 7) % 4 for t in range(250)]
+    actions = [(t * t // 3 + t // 7) % 4 for t in range(200)]
     env = AtariEnv("breakout", 1)
     rows = play(env, 0, np.array(actions)[:, None])
 
     clock = int(starts[0][1][0])
     assert clock == GOLDEN_CLOCK, "the game starts otherwise: a change of seeds or no-ops, not of pixels"
-    game, memory, screens = PlainGame("breakout", clock), hashlib.sha256(), hashlib.sha256()
+    game, memory, screens = PlainGame("breakout", clock, "getScreenGrayscale"), hashlib.sha256(), hashlib.sha256()
     for action in actions:
-        assert game.step(action) is not None
-        assert not game.over, "the emulator plays another game than the one that the golden frames show"
+        game.step(action)
         memory.update(game.ale.getRAM().tobytes())
-        screens.update(game.gray.tobytes())
+        screens.update(game.picture.tobytes())
     assert memory.hexdigest()[:16] == GOLDEN_MEMORY, "the emulator plays otherwise: not a change of preprocessing"
     assert screens.hexdigest()[:16] == GOLDEN_SCREENS, "the emulator draws otherwise: not a change of preprocessing"
 
@@ -168,44 +172,44 @@ def test_golden_frames_of_a_known_game(starts):
     assert frames.hexdigest()[:16] == GOLDEN_FRAMES, "preprocessing changed: if that is meant, put the new hash here"
 
 
-GOLDEN_CLOCK = 0
-GOLDEN_MEMORY = ""
-GOLDEN_SCREENS = ""
-GOLDEN_FRAMES = ""
-
-
-@pytest.mark.parametrize("game", ["breakout", "pong", "seaquest", "montezuma_revenge"])
-def test_a_frame_is_the_area_average_of_the_last_two_gray_screens_at_their_brightest(game, starts):
-    env = AtariEnv(game, 1)
-    actions = random_actions(game, (100, 1))
+@pytest.mark.parametrize(
+    ("game", "max_frames"), [("breakout", 18_000), ("pong", 400), ("seaquest", 402), ("montezuma_revenge", 403)]
+)
+def test_a_frame_is_the_area_average_of_the_last_two_gray_screens_at_their_brightest(game, max_frames, starts):
+    env = AtariEnv(game, 1, max_frames=max_frames)
     _, row = env.reset(3)
-    plain = PlainGame(game, starts[0][1][0])
-    np.testing.assert_allclose(row.frames[0], area_average(plain.gray), atol=0.51)
-    for action in actions:
-        _, row = env.step(action)
-        plain.step(action[0])
-        assert not plain.over
-        np.testing.assert_allclose(row.frames[0], area_average(plain.gray), atol=0.51)
+    plain = PlainGame(game, starts[0][1][0], "getScreenGrayscale", max_frames=max_frames)
+    rng = np.random.default_rng(0)
+    while True:
+        np.testing.assert_allclose(row.frames[0], area_average(plain.picture), atol=0.51)
+        if plain.over:
+            break
+        action = rng.integers(4)
+        _, row = env.step(np.array([action]))
+        plain.step(action)
+        assert row.terminals.tolist() == [plain.lost_life]
+    assert env.step(np.array([NOOP]))[1].ages.tolist() == [0]
+    assert env.finished_scores == [plain.score]
 
 
 # ---- stacks and rows
 
 
 @pytest.mark.parametrize(
-    ("game", "max_frames", "steps", "options"),
+    ("game", "games", "steps", "max_frames", "options", "kinds"),
     [
-        ("breakout", 1000, 800, {}),
-        ("pong", 3600, 1000, {}),
-        ("seaquest", 1600, 1000, {}),
-        ("montezuma_revenge", 1600, 800, {}),
-        ("ms_pacman", 1600, 500, {}),  # no FIRE to press
-        ("breakout", 1000, 500, {"stack_size": 2, "frame_skip": 3}),
+        ("breakout", 3, 500, 640, {}, "lost lives, game overs, frame limits"),
+        ("pong", 2, 900, 108_000, {}, "game overs"),
+        ("seaquest", 3, 600, 1800, {}, "lost lives, game overs, frame limits, scores above 1"),
+        ("montezuma_revenge", 3, 600, 1800, {}, "lost lives, game overs, frame limits"),
+        ("ms_pacman", 2, 400, 1200, {}, "lost lives, scores above 1"),  # it has no FIRE to press
+        ("breakout", 2, 250, 600, {"stack_size": 2, "frame_skip": 3}, "lost lives, frame limits"),
     ],
 )
-def test_states_and_rows_equal_ales_own_through_lost_lives_game_overs_and_frame_limits(
-    game, max_frames, steps, options, starts
+def test_states_and_rows_equal_ales_own_through_lost_lives_and_ends(
+    game, games, steps, max_frames, options, kinds, starts
 ):
-    games, size, skip = 4, options.get("stack_size", 4), options.get("frame_skip", 4)
+    size = options.get("stack_size", 4)
     env = AtariEnv(game, games, max_frames=max_frames, **options)
     states, row = env.reset(11)
     seeds, clock = starts[0]
@@ -213,7 +217,7 @@ def test_states_and_rows_equal_ales_own_through_lost_lives_game_overs_and_frame_
         game,
         games,
         stack_num=size,
-        frameskip=skip,
+        frameskip=options.get("frame_skip", 4),
         max_num_frames_per_episode=max_frames,
         reward_clipping=False,
         life_loss_info=True,
@@ -223,7 +227,7 @@ def test_states_and_rows_equal_ales_own_through_lost_lives_game_overs_and_frame_
     fire = meanings.index("FIRE") if "FIRE" in meanings else None
     first_clock, scores, finished = clock.copy(), np.zeros(games), []
     ages, ended, lost_life = np.zeros(games), np.zeros(games, bool), np.zeros(games, bool)
-    seen = {"lost lives": 0, "game overs": 0, "frame limits": 0, "scores above 1": 0}
+    seen = dict.fromkeys(["lost lives", "game overs", "frame limits", "scores above 1"], 0)
 
     rng = np.random.default_rng(0)
     for _ in range(steps):
@@ -254,34 +258,31 @@ def test_states_and_rows_equal_ales_own_through_lost_lives_game_overs_and_frame_
 
     env.step(np.zeros(games, int))  # a score is told at the latest when the next game starts
     assert env.finished_scores == finished
-    assert seen["game overs"]
-    assert seen["frame limits"]
-    assert seen["lost lives"] or game == "pong"
-    assert seen["scores above 1"] or game not in ("seaquest", "ms_pacman")
+    assert not [kind for kind in kinds.split(", ") if not seen[kind]]
 
 
 def test_reset_gives_a_row_of_first_frames_with_nothing_before_them():
-    env = AtariEnv("seaquest", 3)
+    env = AtariEnv("seaquest", 2)
     for seed in (0, 1):
         states, row = env.reset(seed)
-        assert states.shape == (3, 4, 84, 84)
+        assert states.shape == (2, 4, 84, 84)
         assert states.dtype == torch.uint8
         assert not states[:, :3].any()
         assert torch.equal(states[:, 3], row.frames)
         assert row.frames.flatten(1).any(1).all()
         assert [field.dtype for field in row] == [torch.uint8, torch.int64, torch.float32, torch.bool, torch.int64]
-        assert [tuple(field.shape) for field in row] == [(3, 84, 84), (3,), (3,), (3,), (3,)]
+        assert [tuple(field.shape) for field in row] == [(2, 84, 84), (2,), (2,), (2,), (2,)]
         assert not row.rewards.any()
         assert not row.terminals.any()
         assert not row.ages.any()
-        env.step(np.array([1, 2, 3]))
+        env.step(np.array([1, 2]))
 
 
 def test_tensors_once_returned_never_change():
     env = AtariEnv("breakout", 2, max_frames=200)
-    kept = play(env, 0, random_actions("breakout", (120, 2)))
+    kept = play(env, 0, random_actions(4, (120, 2)))
     copies = [tuple(tensor.clone() for tensor in row) for row in kept]
-    play(env, 1, random_actions("breakout", (60, 2), seed=1))
+    play(env, 1, random_actions(4, (60, 2), seed=1))
     assert same(kept, copies)
 
 
@@ -316,21 +317,11 @@ def test_fire_is_pressed_after_a_reset_and_after_each_lost_life_so_every_ball_is
     until_terminal(env, RIGHT, limit=60)  # the next game's first ball was served too
 
 
-def test_a_game_without_lives_or_without_fire_plays_the_actions_that_were_sent():
-    for game, steps in (("pong", 900), ("ms_pacman", 300)):
-        env = AtariEnv(game, 2)
-        sent = random_actions(game, (steps, 2))
-        rows = play(env, 0, sent)
-        terminals, ages, actions = (torch.stack([row[i] for row in rows[1:]]) for i in (4, 5, 2))
-        assert terminals.any()
-        assert torch.equal(actions[ages > 0], torch.from_numpy(sent)[ages > 0])
-
-
 def test_the_row_after_game_over_ignores_its_action_and_starts_a_new_game():
-    answers = []
-    for ignored in (NOOP, FIRE, LEFT):
-        env = AtariEnv("breakout", 1)
+    env, answers = AtariEnv("breakout", 1), []
+    for ignored in (NOOP, LEFT):
         env.reset(3)
+        env.finished_scores.clear()
         for _ in range(5):
             _, _, row = until_terminal(env)
         assert row.ages.tolist() == [3]
@@ -340,33 +331,35 @@ def test_the_row_after_game_over_ignores_its_action_and_starts_a_new_game():
         assert row.rewards.tolist() == [0]
         assert not states[:, :3].any()
         assert len(env.finished_scores) == 1
-        answers.append([states, *(env.step(np.array([NOOP]))[0] for _ in range(30))])
-    assert all(torch.equal(a, b) for other in answers[1:] for a, b in zip(answers[0], other, strict=True))
+        answers.append(torch.stack([states, *(env.step(np.array([NOOP]))[0] for _ in range(30))]))
+    assert torch.equal(*answers)
 
 
-def test_a_game_cut_at_the_frame_limit_is_not_terminal_and_shows_its_true_last_frame():
-    actions = random_actions("pong", (60, 2))
-    cut = play(AtariEnv("pong", 2, max_frames=200), 5, actions)
-    whole = play(AtariEnv("pong", 2), 5, actions)
-    assert same(cut[:51], whole[:51])  # the first row and 50 steps
-    states, frames, _, rewards, terminals, ages = cut[51]
-    assert ages.tolist() == [0, 0]
+def test_a_game_cut_at_the_frame_limit_is_not_terminal_and_keeps_its_last_frame():
+    actions = random_actions(4, (20, 1))
+    cut, whole = (play(AtariEnv("pong", 1, max_frames=limit), 5, actions) for limit in (60, 18_000))
+    assert same(cut[:15], whole[:15])
+    states, _, _, rewards, terminals, ages = cut[15]  # after 60 frames
+    assert torch.equal(states[:, :3], whole[15][0][:, :3])
+    assert states[:, 3].any()
+    assert ages.tolist() == [3]
+    assert not terminals.any()
+    states, frames, _, rewards, terminals, ages = cut[16]
     assert not states[:, :3].any()
     assert torch.equal(states[:, 3], frames)
     assert not rewards.any()
-    assert not any(row[4].any() for row in cut)
-    assert [row[5].tolist() for row in cut[52:55]] == [[1, 1], [2, 2], [3, 3]]
+    assert not terminals.any()
+    assert [ages.tolist() for *_, ages in cut[16:]] == [[0], [1], [2], [3], [3]]
 
 
 def test_a_life_lost_at_the_very_frame_limit_ends_the_game():
     env = AtariEnv("breakout", 1)
     env.reset(3)
-    steps, states, _ = until_terminal(env)
+    steps, _, _ = until_terminal(env)
     cut = AtariEnv("breakout", 1, max_frames=4 * steps)
     cut.reset(3)
-    cut_steps, cut_states, row = until_terminal(cut)
+    cut_steps, _, row = until_terminal(cut)
     assert cut_steps == steps
-    assert torch.equal(cut_states, states)
     assert row.ages.tolist() == [3]
     states, row = cut.step(np.array([NOOP]))
     assert row.ages.tolist() == [0]
@@ -378,55 +371,53 @@ def test_a_life_lost_at_the_very_frame_limit_ends_the_game():
 def test_finished_scores_are_raw_and_the_callers_to_clear():
     env = AtariEnv("pong", 2, max_frames=800)
     env.reset(0)
-    for _ in range(201):
-        env.step(np.array([0, 0]))
-    assert len(env.finished_scores) == 2
-    assert max(env.finished_scores) < -1  # each lost point is -1: the sum is neither clipped nor cut
-    env.finished_scores.clear()
-    for _ in range(201):
-        env.step(np.array([0, 0]))
-    assert len(env.finished_scores) == 2
+    for _ in range(2):
+        for _ in range(201):
+            env.step(np.array([NOOP, NOOP]))
+        assert len(env.finished_scores) == 2
+        assert max(env.finished_scores) < -1  # each lost point is -1: the sum is not clipped
+        env.finished_scores.clear()
 
 
 # ---- the same run again
 
 
 def test_the_same_seed_gives_the_same_run_in_a_fresh_and_in_a_used_env():
-    actions = random_actions("breakout", (300, 3))
-    env = AtariEnv("breakout", 3)
+    actions = random_actions(4, (220, 2))
+    env = AtariEnv("breakout", 2)
     run = play(env, 7, actions)
     assert any((ages == 0).any() for *_, ages in run[1:])  # through the no-ops of later games too
     assert same(run, play(env, 7, actions))
-    assert same(run, play(AtariEnv("breakout", 3), 7, actions))
+    assert same(run, play(AtariEnv("breakout", 2), 7, actions))
 
 
 def test_another_seed_gives_another_run_and_the_games_of_one_env_differ():
-    actions = random_actions("breakout", (20, 1)).repeat(6, axis=1)
-    run, other = (play(AtariEnv("breakout", 6), seed, actions) for seed in (7, 8))
-    assert not same(run, other)
-    first_frames = {frame.numpy().tobytes() for row in (run[0], other[0]) for frame in row[1]}
-    assert len(first_frames) >= 6
+    env = AtariEnv("breakout", 6)
+    first_frames = [env.reset(seed)[1].frames for seed in (7, 8)]
+    assert not torch.equal(*first_frames)
+    assert len({frame.numpy().tobytes() for frames in first_frames for frame in frames}) >= 6
 
 
 def test_the_number_of_threads_changes_nothing():
-    actions = random_actions("seaquest", (150, 5))
-    run = play(AtariEnv("seaquest", 5, num_threads=1), 2, actions)
-    for threads in (0, 2, 3):
-        assert same(run, play(AtariEnv("seaquest", 5, num_threads=threads), 2, actions))
+    actions = random_actions(18, (80, 3))
+    run = play(AtariEnv("seaquest", 3, num_threads=1), 2, actions)
+    for threads in (0, 2, 5):
+        assert same(run, play(AtariEnv("seaquest", 3, num_threads=threads), 2, actions))
 
 
 def test_send_and_recv_are_the_halves_of_step():
-    actions = random_actions("breakout", (40, 2))
+    actions = random_actions(4, (40, 2))
     env = AtariEnv("breakout", 2)
+    run = play(env, 4, actions)
     halves = [env.reset(4)]
     for action in actions:
         env.send(action)
         halves.append(env.recv())
-    assert same(play(AtariEnv("breakout", 2), 4, actions), [(states, *row) for states, row in halves])
+    assert same(run, [(states, *row) for states, row in halves])
 
 
 def test_a_reset_forgets_the_step_in_flight():
-    actions = random_actions("breakout", (60, 2))
+    actions = random_actions(4, (30, 2))
     env = AtariEnv("breakout", 2)
     run = play(env, 9, actions)
     env.send(actions[0])
@@ -434,40 +425,33 @@ def test_a_reset_forgets_the_step_in_flight():
 
 
 def test_evaluating_changes_nothing_in_training():
+    env = AtariEnv("breakout", 2)
+
     def train(evaluate):
-        env, agent = AtariEnv("breakout", 2), Agent(4, eps_decay=200, seed=1)
+        agent, seen = Agent(4, eps_decay=200, seed=1), []
         torch.manual_seed(0)
-        states, row = env.reset(5)
-        seen = [(states, *row)]
-        for number in range(120):
+        np.random.seed(0)  # noqa: NPY002
+        states, _ = env.reset(5)
+        env.finished_scores.clear()
+        for number in range(200):
             actions = agent.run(states, training=True)
             env.send(actions)
-            if evaluate and number % 40 == 20:  # even with a step in flight
-                env.evaluate(agent, 2, 0.05, seed=number, max_frames=80, record=number == 20)
+            if evaluate and number in (20, 60):  # even with a step in flight
+                env.evaluate(agent, 1, 0.05, seed=number, max_frames=80, record=number == 20)
             states, row = env.recv()
             seen.append((states, *row, torch.from_numpy(actions)))
-            if evaluate and number % 40 == 30:
-                env.evaluate(agent, 3, 0.5, seed=number, max_frames=80)
-        return seen[1:], agent.epsilon, env.finished_scores, torch.rand(1)
+            if evaluate and number == 90:
+                env.evaluate(agent, 2, 0.5, seed=number, max_frames=80)
+        return seen, agent.epsilon, env.finished_scores.copy(), torch.rand(1), np.random.rand()  # noqa: NPY002
 
-    with_evaluation, epsilon, finished, noise = train(evaluate=True)
-    without, expected_epsilon, expected_finished, expected_noise = train(evaluate=False)
-    assert same(with_evaluation, without)
-    assert epsilon == expected_epsilon
-    assert finished == expected_finished
-    assert noise == expected_noise
-
-
-def test_evaluating_leaves_numpys_global_stream_alone():
-    env = AtariEnv("breakout", 1)
-    np.random.seed(0)  # noqa: NPY002
-    before = np.random.get_state()[1].copy()  # noqa: NPY002
-    env.evaluate(Agent(4), 1, 0.05, seed=0, max_frames=80)
-    assert np.array_equal(np.random.get_state()[1], before)  # noqa: NPY002
+    run, *rest = train(evaluate=True)
+    expected_run, *expected_rest = train(evaluate=False)
+    assert same(run, expected_run)
+    assert rest == expected_rest
+    assert rest[1], "no game ended: the test is too short to see a score lost"
 
 
 # ---- illegal actions
-
 
 ILLEGAL = {
     "negative": [-1, 0],
@@ -478,26 +462,31 @@ ILLEGAL = {
     "none": [],
     "a table": [[0, 0]],
     "a single number": 0,
+    "a fraction": [0.5, 0],
     "not a number": [float("nan"), 0],
+    "infinite": [0, float("inf")],
     "words": ["left", "right"],
 }
 
 
+@pytest.fixture(scope="module")
+def two_games():
+    env = AtariEnv("breakout", 2)
+    return env, play(env, 0, np.full((4, 2), RIGHT))
+
+
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", ILLEGAL)
-def test_illegal_actions_are_refused_before_they_reach_the_emulators(name):
-    actions = random_actions("breakout", (10, 2))
-    env = AtariEnv("breakout", 2)
-    run = play(env, 0, actions)
+def test_illegal_actions_are_refused_before_they_reach_the_emulators(name, two_games):
+    env, run = two_games
     env.reset(0)
-    for action in actions:
-        with pytest.raises(ValueError, match=r"."):
-            env.send(np.array(ILLEGAL[name]))  # never `step`: were it accepted, its `recv` would wait for ever
-        last = env.step(action)
-    assert same([(last[0], *last[1])], run[-1:])
+    with pytest.raises(ValueError, match=r"."):
+        env.send(np.array(ILLEGAL[name]))  # never `step`: were it accepted, its `recv` would wait for ever
+    assert same([(states, *row) for states, row in (env.step(np.array([RIGHT, RIGHT])) for _ in range(4))], run[1:])
 
 
-def test_the_refusal_of_an_action_names_it_and_what_is_legal():
-    env = AtariEnv("breakout", 2)
+def test_the_refusal_of_an_action_names_it_and_what_is_legal(two_games):
+    env, _ = two_games
     env.reset(0)
     with pytest.raises(ValueError, match=r"3.*17"):
         env.send(np.array([0, 17]))
@@ -508,51 +497,51 @@ def test_the_refusal_of_an_action_names_it_and_what_is_legal():
 # ---- evaluation
 
 
-@pytest.mark.parametrize("game", ["breakout", "seaquest", "pong", "freeway"])
-def test_evaluation_gives_the_raw_scores_of_whole_games(game, starts):
-    max_frames = {"freeway": 3000, "pong": 5000}.get(game, 18_000)
-    env = AtariEnv(game, 1)
-    agent = ScriptedAgent(random_actions(game, 5000, seed=3))
-    scores = env.evaluate(agent, 4, 0.05, seed=1, max_frames=max_frames)
+@pytest.mark.parametrize(
+    ("game", "episodes", "max_frames"),
+    [("breakout", 3, 18_000), ("seaquest", 3, 18_000), ("pong", 1, 18_000), ("freeway", 2, 1200)],
+)
+def test_evaluation_gives_the_raw_scores_of_whole_games(game, episodes, max_frames, starts):
+    action_dim = {"breakout": 4, "seaquest": 18, "pong": 6, "freeway": 3}[game]
+    agent = ScriptedAgent(random_actions(action_dim, 4501, seed=3))
+    scores = AtariEnv(game, 1).evaluate(agent, episodes, 0.05, seed=1, max_frames=max_frames)
 
-    assert scores.shape == (4,)
+    assert scores.shape == (episodes,)
     assert scores.dtype == np.float64
-    expected = []
-    for clock in starts[-1][1]:
+    for score, clock in zip(scores, starts[-1][1], strict=True):
         plain = PlainGame(game, clock, max_frames=max_frames)
         for action in agent.actions:
             plain.step(action)
             if plain.over:
                 break
         assert plain.over
-        expected.append(plain.score)
-    assert scores.tolist() == expected
-    assert any(abs(score) > 1 for score in expected) or game == "freeway"
+        assert score == plain.score
+    assert game == "freeway" or any(abs(score) > 1 for score in scores)
 
 
 def test_evaluation_ends_each_game_at_the_frame_limit(starts):
-    agent = ScriptedAgent([0] * 2000)
-    scores = AtariEnv("pong", 1).evaluate(agent, 3, 0.05, seed=0, max_frames=1200, record=True)
-    assert len(agent.calls) in (300, 301)  # one more where a game's end is seen by the start of the next
-    for score, clock in zip(scores, starts[0][1], strict=True):
-        plain = PlainGame("pong", clock, max_frames=1200)
+    agent = ScriptedAgent([NOOP] * 2000)
+    scores = AtariEnv("pong", 1).evaluate(agent, 2, 0.05, seed=0, max_frames=1000)
+    assert len(agent.calls) in (250, 251)  # one more where a game's end is seen by the start of the next
+    for score, clock in zip(scores, starts[-1][1], strict=True):
+        plain = PlainGame("pong", clock, max_frames=1000)
         while not plain.over:
-            plain.step(0)
+            plain.step(NOOP)
         assert score == plain.score
         assert score < 0
 
 
 def test_an_agent_that_never_presses_a_button_still_finishes_its_evaluation():
     agent = ScriptedAgent([NOOP] * 1000)  # would wait for the second ball until the frame limit
-    assert AtariEnv("breakout", 1).evaluate(agent, 2, 0.0, seed=0).shape == (2,)
+    assert AtariEnv("breakout", 1).evaluate(agent, 1, 0.0, seed=0).shape == (1,)
 
 
 def test_evaluation_shows_the_agent_stacks_of_every_game_and_its_own_epsilon_and_stream():
     agent = ScriptedAgent([FIRE, RIGHT, NOOP] * 100)
-    AtariEnv("breakout", 2, stack_size=3).evaluate(agent, 5, 0.25, seed=0, max_frames=120)
-    assert all(states.shape == (5, 3, 84, 84) and states.dtype == torch.uint8 for states in agent.states)
+    AtariEnv("breakout", 2, stack_size=3).evaluate(agent, 4, 0.25, seed=0, max_frames=120)
+    assert all(states.shape == (4, 3, 84, 84) and states.dtype == torch.uint8 for states in agent.states)
     assert not agent.states[0][:, :2].any()
-    for earlier, later in zip(agent.states[:30], agent.states[1:30], strict=False):
+    for earlier, later in itertools.pairwise(agent.states[:30]):
         assert torch.equal(later[:, :2], earlier[:, 1:])
     for training, epsilon, rng in agent.calls:
         assert not training
@@ -560,62 +549,58 @@ def test_evaluation_shows_the_agent_stacks_of_every_game_and_its_own_epsilon_and
         assert isinstance(rng, np.random.Generator)
 
 
-def test_evaluation_starts_games_after_different_numbers_of_no_ops(starts):
-    AtariEnv("breakout", 1).evaluate(ScriptedAgent([NOOP] * 100), 24, 0.05, seed=0, max_frames=40)
+def test_evaluation_starts_its_games_after_different_numbers_of_no_ops(starts):
+    AtariEnv("breakout", 1).evaluate(ScriptedAgent([NOOP] * 100), 12, 0.05, seed=0, max_frames=40)
     clocks = starts[-1][1]
-    assert len(set(clocks.tolist())) >= 8
+    assert len(set(clocks.tolist())) >= 6
     assert clocks.min() >= 1
-    assert clocks.max() <= START_ACTIONS
+    assert clocks.max() < 30
 
 
 def test_the_same_seed_gives_the_same_evaluation_and_another_seed_another():
     def evaluate(env, seed):
         agent = RandomAgent(18)
-        return env.evaluate(agent, 3, 0.05, seed=seed, max_frames=2000), torch.stack(agent.states)
+        return env.evaluate(agent, 2, 0.05, seed=seed, max_frames=400), torch.stack(agent.states)
 
-    env = AtariEnv("seaquest", 2)
+    env = AtariEnv("seaquest", 1)
     scores, states = evaluate(env, 4)
-    play(env, 1, random_actions("seaquest", (10, 2)))
-    other_scores, other_states = evaluate(env, 5)
-    again, same_states = evaluate(env, 4)
+    _, other_states = evaluate(env, 5)
+    again, same_states = evaluate(AtariEnv("seaquest", 3, num_threads=1), 4)
     assert np.array_equal(scores, again)
     assert torch.equal(states, same_states)
-    assert len(set(states[0, :, -1].sum((1, 2)).tolist())) > 1 or scores.std() > 0  # the games of one evaluation differ
-    assert states.shape != other_states.shape or not torch.equal(states, other_states)
-    anew, new_states = evaluate(AtariEnv("seaquest", 7, num_threads=1), 4)
-    assert np.array_equal(scores, anew)
-    assert torch.equal(states, new_states)
+    assert not torch.equal(states[:100], other_states[:100])
+    assert not torch.equal(states[:100, 0], states[:100, 1])  # the games of one evaluation differ
 
 
 # ---- pictures
 
 
 def recorded(env):
-    return list(iter(env.get_frame, None))
+    frames = []
+    while (frame := env.get_frame()) is not None:
+        frames.append(frame)
+    return frames
 
 
-@pytest.mark.parametrize("game", ["breakout", "seaquest"])
-def test_recorded_frames_are_the_true_colours_of_the_first_game_from_start_to_end(game, starts):
+@pytest.mark.parametrize(("game", "action_dim"), [("breakout", 4), ("seaquest", 18)])
+def test_recorded_frames_are_the_true_colours_of_the_first_game_from_start_to_end(game, action_dim, starts):
     env = AtariEnv(game, 1)
-    agent = ScriptedAgent(random_actions(game, 5000, seed=3))
-    env.evaluate(agent, 3, 0.05, seed=1, record=True)
-    plain = PlainGame(game, starts[0][1][0])
-    expected, whole_last_step = [plain.colour], True
+    agent = ScriptedAgent(random_actions(action_dim, 4501, seed=3))
+    env.evaluate(agent, 2, 0.05, seed=1, record=True)
+    frames = recorded(env)
+    plain = PlainGame(game, starts[0][1][0], "getScreenRGB")
+    expected = [plain.picture]
     for action in agent.actions:
         plain.step(action)
-        expected.append(plain.colour)
+        expected.append(plain.picture)
         if plain.over:
-            whole_last_step = plain.whole_step
             break
 
-    frames = recorded(env)
     assert len(frames) == len(expected)
-    assert all(frame.shape == (210, 160, 3) and frame.dtype == np.uint8 for frame in frames)
-    if not whole_last_step:  # the emulator draws no fresh picture for a step that the game's end cuts short
-        frames, expected = frames[:-1], expected[:-1]
-    assert all(np.array_equal(frame, other) for frame, other in zip(frames, expected, strict=True))
-    assert any((frame[..., 0] != frame[..., 2]).any() for frame in frames)  # colours, not gray
-    assert any(not np.array_equal(a, b) for a, b in zip(frames, frames[1:], strict=False))
+    for frame, other in zip(frames, expected, strict=True):
+        assert frame.shape == (210, 160, 3)
+        assert frame.dtype == np.uint8
+        assert np.array_equal(frame, other)
 
 
 def test_a_recorded_game_shows_what_the_agent_saw():
@@ -624,17 +609,17 @@ def test_a_recorded_game_shows_what_the_agent_saw():
     env.evaluate(agent, 2, 0.05, seed=6, max_frames=320, record=True)
     frames = recorded(env)
     assert len(frames) == 81
-    for frame, states in zip(frames[:80], agent.states, strict=False):
+    for frame, states in zip(frames[:80], agent.states[:80], strict=True):
         gray = frame @ np.array([0.299, 0.587, 0.114])
         assert abs(area_average(gray) - states[0, -1].numpy()).max() < 2
 
 
 def test_a_saved_recording_holds_every_frame_and_an_animation(tmp_path):
     env = AtariEnv("breakout", 1)
-    agent = ScriptedAgent([RIGHT, LEFT, LEFT, NOOP] * 100)
-    env.evaluate(agent, 1, 0.05, seed=6, max_frames=120, record=True)
+    script = [RIGHT, LEFT, LEFT, NOOP] * 100
+    env.evaluate(ScriptedAgent(script), 1, 0.05, seed=6, max_frames=120, record=True)
     frames = recorded(env)
-    env.evaluate(ScriptedAgent(agent.actions), 1, 0.05, seed=6, max_frames=120, record=True)
+    env.evaluate(ScriptedAgent(script), 1, 0.05, seed=6, max_frames=120, record=True)
     env.save_recording(tmp_path / "eval_003")
     pictures = sorted((tmp_path / "eval_003").iterdir())
     assert [picture.name for picture in pictures] == [f"{number:06d}.png" for number in range(31)]
@@ -654,8 +639,7 @@ def test_every_name_of_a_game_in_gymnasium_means_its_rom():
         name: spec.kwargs["game"] for name, spec in gymnasium.registry.items() if "ale_py" in str(spec.entry_point)
     }
     assert len(names) > 300
-    wrong = {name: normalize_game(name) for name, rom in names.items() if normalize_game(name) != rom}
-    assert not wrong
+    assert {name: normalize_game(name) for name in names} == names
 
 
 @pytest.mark.parametrize("name", ["breakout", "Breakout", "ALE/Breakout-v5", "BreakoutNoFrameskip-v4", "BREAKOUT"])
@@ -664,13 +648,19 @@ def test_usual_spellings_mean_the_same_game(name):
 
 
 @pytest.mark.parametrize("rom", ["ms_pacman", "montezuma_revenge", "tic_tac_toe_3d", "up_n_down", "pong"])
-def test_a_roms_own_name_stays(rom):
+def test_the_name_of_a_rom_stays(rom):
     assert normalize_game(rom) == rom
 
 
 @pytest.mark.parametrize(
     ("name", "nearest"),
-    [("brekout", "breakout"), ("ALE/Seaqest-v5", "seaquest"), ("MsPackmanNoFrameskip-v4", "ms_pacman"), ("", "")],
+    [
+        ("brekout", "'breakout'"),
+        ("ALE/Seaqest-v5", "'seaquest'"),
+        ("MsPackmanNoFrameskip-v4", "'ms_pacman'"),
+        ("", "nearest"),
+        ("???", "nearest"),
+    ],
 )
 def test_an_unknown_game_is_refused_with_the_nearest_name(name, nearest):
     for refuse in (normalize_game, lambda game: AtariEnv(game, 1)):
@@ -694,7 +684,7 @@ def test_a_game_for_two_is_refused_by_name_because_the_emulator_would_end_the_pr
     ],
 )
 def test_actions_and_lives_are_the_games_own(game, lives, meanings):
-    env = AtariEnv(game, 2)
+    env = AtariEnv(game, 1)
     env.reset(0)
     assert env.get_action_meanings() == meanings.split()
     assert env.get_action_dim() == len(meanings.split())
