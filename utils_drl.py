@@ -1,6 +1,7 @@
 """Agent: epsilon-greedy actions and temporal-difference updates of a policy network against a target network."""
 
 import os
+import zipfile
 
 import numpy as np
 import torch
@@ -66,8 +67,7 @@ class Agent:
             devices=[]
         ):  # the same first weights on every device, and no trace in torch's own stream
             torch.manual_seed(seed)
-            self.policy = DQN(**self.shape, dtype=dtype)
-        self.target = DQN(**self.shape, dtype=dtype)
+            self.policy, self.target = DQN(**self.shape, dtype=dtype), DQN(**self.shape, dtype=dtype)
         for network in (self.policy, self.target):
             network.to(self.device, torch.float64 if dtype == torch.float64 else torch.float32)
         self.target.requires_grad_(False)
@@ -156,17 +156,21 @@ class Agent:
         that is no model, is damaged, or is of another shape, and OSError for one that cannot be read.
         """
         try:
+            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+                if damaged := archive.testzip():
+                    raise ValueError(f"its part {damaged} is damaged")
             saved = torch.load(path, map_location=self.device, weights_only=True)
-            shape, weights, about = saved["shape"], saved["weights"], saved["about"]
+            shape, about = saved["shape"], saved["about"]
+            weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
         except OSError:
             raise
-        except Exception as error:  # torch.load raises a dozen kinds for damaged files
+        except Exception as error:  # a damaged file raises any of a dozen kinds
             raise ValueError(f"{os.fspath(path)} is not a model of this program, or it is damaged") from error
         if shape != self.shape:
             raise ValueError(f"{os.fspath(path)} holds a network of {shape}, this one is of {self.shape}")
-        try:
-            self.policy.load_state_dict(weights)
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise ValueError(f"{os.fspath(path)} holds weights that do not fit the network it names") from error
+        mine = self.policy.state_dict()
+        if {name: weight.shape for name, weight in weights.items()} != {name: w.shape for name, w in mine.items()}:
+            raise ValueError(f"{os.fspath(path)} holds weights that do not fit the network it names")
+        self.policy.load_state_dict(weights)
         self.sync()
         return about

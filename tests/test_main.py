@@ -1,0 +1,430 @@
+"""Whole runs in process with tiny constants, overrides from the command line, and every kind of bad input."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+import utils_config
+import utils_drl
+import utils_memory
+
+TINY = {
+    "MAX_STEPS": 400,
+    "NUM_ENVS": 4,
+    "WARM_STEPS": 100,
+    "MEM_SIZE": 300,
+    "TARGET_UPDATE": 100,
+    "POLICY_UPDATE": 20,
+    "BATCH_SIZE": 4,
+    "EVALUATE_FREQ": 200,
+    "EVAL_EPISODES": 1,
+    "EVAL_EPS": 1.0,  # random play ends games soon
+    "PRECISION": "float32",
+    "DEVICE": "cpu",
+}
+
+
+@pytest.fixture
+def tiny_run(monkeypatch, tmp_path):
+    """A function that runs main.main() in an empty directory with tiny constants and returns what it wrote."""
+    number = iter(range(100))
+
+    def start(**constants) -> "Run":
+        directory = tmp_path / f"run{next(number)}"
+        directory.mkdir()
+        monkeypatch.chdir(directory)
+        for name, value in {**TINY, **constants}.items():
+            monkeypatch.setattr(main, name, value)
+        main.main()
+        return Run(directory)
+
+    return start
+
+
+class Run:
+    """The results of one run."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        self.lines = (directory / "rewards.txt").read_text().splitlines()
+        self.models = sorted(path.name for path in (directory / "models").glob("*"))
+
+    def weights(self, number: int) -> dict[str, torch.Tensor]:
+        """The weights of model `number`."""
+        return torch.load(self.directory / "models" / f"model_{number:03d}", weights_only=True)["weights"]
+
+    def same_as(self, other: "Run") -> bool:
+        """Whether both runs wrote the same rows and the same last model, bit for bit."""
+        last = len(self.models) - 1
+        mine, its = self.weights(last), other.weights(last)
+        return self.lines == other.lines and all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_a_run_writes_a_row_and_a_model_for_step_0_and_every_evaluation(tiny_run):
+    run = tiny_run()
+    assert [line[:12] for line in run.lines] == ["  0        0", "  1      200", "  2      400"]
+    assert all(re.fullmatch(r" {2}\d {1}[ \d]{8} \d+\.\d", line) for line in run.lines)
+    assert run.models == ["model_000", "model_001", "model_002"]
+
+
+def test_the_last_steps_are_evaluated_and_saved_even_off_the_beat(tiny_run):
+    run = tiny_run(MAX_STEPS=250)
+    assert [line.split()[:2] for line in run.lines] == [["0", "0"], ["1", "200"], ["2", "252"]]
+    assert run.models == ["model_000", "model_001", "model_002"]
+
+
+def test_learning_starts_after_the_warm_steps(tiny_run):
+    idle = tiny_run(WARM_STEPS=299)
+    unchanged, first = idle.weights(1), idle.weights(0)
+    assert all(torch.equal(unchanged[name], first[name]) for name in first)
+    assert any(not torch.equal(idle.weights(2)[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_the_same_seed_repeats_a_run_bit_for_bit_and_another_seed_does_not(tiny_run, prioritized):
+    run = tiny_run(PRIORITIZED=prioritized)
+    assert run.same_as(tiny_run(PRIORITIZED=prioritized))
+    assert not run.same_as(tiny_run(PRIORITIZED=prioritized, SEED=1))
+
+
+def test_evaluating_twice_as_often_leaves_training_bit_identical(tiny_run):
+    seldom, often = tiny_run(), tiny_run(EVALUATE_FREQ=100)
+    assert len(often.lines) == 5
+    for number in range(3):
+        mine, its = seldom.weights(number), often.weights(2 * number)
+        assert all(torch.equal(mine[name], its[name]) for name in mine)
+        assert seldom.lines[number].split()[1:] == often.lines[2 * number].split()[1:]
+
+
+def test_one_game_alone_trains(tiny_run):
+    assert len(tiny_run(NUM_ENVS=1, WARM_STEPS=50).lines) == 3
+
+
+def test_rendering_writes_true_colour_frames_and_an_animation_of_the_same_length(tiny_run):
+    run = tiny_run(MAX_STEPS=200, RENDER=True)
+    frames = sorted((run.directory / "eval_001").glob("*.png"))
+    assert [frame.name for frame in frames] == [f"{number:06d}.png" for number in range(len(frames))]
+    picture = np.asarray(Image.open(frames[0]))
+    assert picture.shape == (210, 160, 3)
+    assert (picture.min(2) != picture.max(2)).any(), "only grays"
+    animation = Image.open(run.directory / "eval_001.gif")
+    assert animation.is_animated
+    assert animation.n_frames <= len(frames)  # equal neighbours are shown as one, longer
+    shown = 0
+    for number in range(animation.n_frames):
+        animation.seek(number)
+        shown += animation.info["duration"]
+    assert shown == 70 * len(frames)
+
+
+def test_updates_syncs_and_evaluations_come_at_their_own_rates_whatever_the_number_of_games(monkeypatch):
+    for games in (1, 3, 4, 32, 100):
+        monkeypatch.setattr(main, "NUM_ENVS", games)
+        for every in (1, 4, 7, 250):
+            steps = range(games, 2000 + games, games)
+            assert sum(main.due(step, every) for step in steps) == steps[-1] // every
+
+
+class Recorder:
+    """Stands in for a class and keeps what it was made and called with."""
+
+    def __init__(self, original):
+        self.original, self.made = original, []
+
+    def __call__(self, *args, **kwargs):
+        """Make the real object and note its arguments."""
+        self.made.append((args, kwargs))
+        return self.original(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.original, name)
+
+
+# constant, another value, and the argument of Agent, a memory or AtariEnv in which it must arrive
+ARGUMENTS = [
+    ("STACK_SIZE", 2, "stack_size"),
+    ("FRAME_SKIP", 3, "frame_skip"),
+    ("LEARNING_RATE", 0.5, "learning_rate"),
+    ("ADAM_EPS", 0.5, "adam_eps"),
+    ("EPS_START", 0.9, "eps_start"),
+    ("EPS_END", 0.3, "eps_end"),
+    ("EPS_DECAY", 77, "eps_decay"),
+    ("DOUBLE_DQN", True, "double_dqn"),
+    ("DUELING", True, "dueling"),
+    ("QUANTILES", 3, "quantiles"),
+    ("N_STEP", 3, "n_step"),
+    ("GAMMA", 0.5, "gamma"),
+    ("PRIORITIZED", True, "alpha"),
+    ("ALPHA", 0.9, "alpha"),
+    ("BETA_START", 0.9, "beta_start"),
+]
+# constant, another value: the run's rows or weights must differ from those of a plain prioritized run
+EFFECTS = [
+    ("GAME", "pong"),
+    ("SEED", 3),
+    ("MAX_STEPS", 300),
+    ("NUM_ENVS", 5),
+    ("BATCH_SIZE", 5),
+    ("POLICY_UPDATE", 10),
+    ("TARGET_UPDATE", 50),
+    ("WARM_STEPS", 150),
+    ("MEM_SIZE", 160),
+    ("EVALUATE_FREQ", 100),
+    ("EVAL_EPISODES", 3),
+    ("EVAL_EPS", 0.5),
+    ("PRECISION", "bfloat16"),
+    ("STACK_SIZE", 2),
+    ("FRAME_SKIP", 3),
+    ("LEARNING_RATE", 1e-3),
+    ("ADAM_EPS", 1e-2),
+    ("EPS_START", 0.5),
+    ("EPS_END", 0.0),
+    ("EPS_DECAY", 10),
+    ("DOUBLE_DQN", True),
+    ("DUELING", True),
+    ("QUANTILES", 3),
+    ("N_STEP", 3),
+    ("GAMMA", 0.5),
+    ("PRIORITIZED", False),
+    ("ALPHA", 0.9),
+    ("BETA_START", 1.0),
+]
+
+
+def same_shapes(one: dict, other: dict) -> bool:
+    """Whether two models have the same parameters in the same shapes."""
+    return one.keys() == other.keys() and all(one[name].shape == other[name].shape for name in one)
+
+
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """The run that every changed constant is compared with."""
+    with pytest.MonkeyPatch.context() as patch:
+        directory = tmp_path_factory.mktemp("plain")
+        patch.chdir(directory)
+        for name, value in {**TINY, **BUSY}.items():
+            patch.setattr(main, name, value)
+        main.main()
+    return Run(directory)
+
+
+# Enough updates, and few enough random actions, for any constant to leave a trace.
+BUSY = {"PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3, "EPS_DECAY": 300, "EPS_END": 0.5}
+
+
+@pytest.mark.parametrize(("name", "value"), EFFECTS)
+def test_every_constant_changes_what_a_run_does(tiny_run, plain_run, name, value):
+    run = tiny_run(**{**BUSY, name: value, **({"LEARNING_RATE": 1e-2} if name == "LEARNING_RATE" else {})})
+    mine, plain = run.weights(len(run.models) - 1), plain_run.weights(len(plain_run.models) - 1)
+    if run.lines == plain_run.lines and same_shapes(mine, plain):
+        assert any(not torch.equal(mine[key], plain[key]) for key in mine)
+
+
+@pytest.mark.parametrize(("name", "value", "argument"), ARGUMENTS)
+def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, name, value, argument):
+    recorders = {cls: Recorder(getattr(main, cls)) for cls in ("Agent", "AtariEnv", "PrioritizedReplayMemory")}
+    for cls, recorder in recorders.items():
+        monkeypatch.setattr(main, cls, recorder)
+    tiny_run(**{"PRIORITIZED": True, "MAX_STEPS": 8, name: value})
+    arrived = [kwargs[argument] for recorder in recorders.values() for _, kwargs in recorder.made if argument in kwargs]
+    assert arrived
+    if name != "PRIORITIZED":
+        assert set(arrived) == {value}
+
+
+def test_every_constant_is_covered_by_these_tests():
+    tested = {name for name, *_ in EFFECTS} | {"RENDER", "SAVE_PREFIX", "DEVICE"}
+    assert tested == set(utils_config.constants(vars(main)))
+
+
+def test_the_models_go_where_save_prefix_says(tiny_run):
+    run = tiny_run(SAVE_PREFIX="some/where", MAX_STEPS=8)
+    assert (run.directory / "some" / "where" / "model_000").exists()
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(main, "DEVICE", "cuda:77")
+    with pytest.raises(utils_config.ConfigError, match="cuda:77"):
+        utils_config.check(vars(main))
+
+
+@pytest.fixture
+def constants():
+    """A copy of main's names that overrides may change."""
+    return dict(vars(main))
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "value"),
+    [
+        ("--GAME=pong", "GAME", "pong"),
+        ("--PRIORITIZED=True", "PRIORITIZED", True),
+        ("--prioritized=false", "PRIORITIZED", False),
+        ("--MAX_STEPS=20000", "MAX_STEPS", 20_000),
+        ("--MAX_STEPS=20_000", "MAX_STEPS", 20_000),
+        ("--MAX_STEPS=1e6", "MAX_STEPS", 1_000_000),
+        ("--LEARNING_RATE=1", "LEARNING_RATE", 1.0),
+        ("--learning_rate=1", "LEARNING_RATE", 1.0),
+        ("--learning-rate=2.5e-4", "LEARNING_RATE", 2.5e-4),
+    ],
+)
+def test_a_constant_is_overridden_from_the_command_line(constants, argument, name, value):
+    utils_config.override(constants, [argument])
+    assert constants[name] == value
+    assert type(constants[name]) is type(value)
+
+
+def test_a_value_may_follow_as_an_argument_of_its_own(constants):
+    utils_config.override(constants, ["--GAME", "pong", "--SEED", "3"])
+    assert (constants["GAME"], constants["SEED"]) == ("pong", 3)
+
+
+def test_help_lists_every_constant_with_its_comment_and_default(constants, capsys):
+    with pytest.raises(SystemExit) as stop:
+        utils_config.override(constants, ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name in utils_config.constants(constants):
+        assert f"--{name} " in text
+    source = Path(main.__file__).read_text()
+    for comment in re.findall(r"^[A-Z_]+: .*#\s*(.*)$", source, re.MULTILINE):
+        assert comment in text
+    assert "[breakout]" in text
+    assert "[6.25e-05]" in text
+
+
+BAD = [
+    (["--LEARNING_RAT=1"], "LEARNING_RATE"),
+    (["--FOO=1"], "FOO"),
+    (["-x"], "x"),
+    (["stray"], "stray"),
+    (["--GAME"], "GAME"),
+    (["--MAX_STEPS=many"], "MAX_STEPS must be a whole number, not 'many'"),
+    (["--MAX_STEPS=1.5"], "MAX_STEPS must be a whole number"),
+    (["--MAX_STEPS=inf"], "MAX_STEPS must be a whole number"),
+    (["--PRIORITIZED=1"], "PRIORITIZED must be True or False"),
+    (["--GAMMA=high"], "GAMMA must be a number"),
+    (["--GAME=brekout"], "'breakout'"),
+    (["--GAME=joust"], "two players"),
+    (["--GAME="], "GAME"),
+    (["--WARM_STEPS=100_000"], "WARM_STEPS (100000) must be below MEM_SIZE"),
+    (["--BATCH_SIZE=60_000"], "BATCH_SIZE (60000)"),
+    (["--N_STEP=0"], "N_STEP must be at least 1"),
+    (["--NUM_ENVS=0"], "NUM_ENVS must be at least 1"),
+    (["--POLICY_UPDATE=0"], "POLICY_UPDATE must be at least 1"),
+    (["--EVAL_EPISODES=0"], "EVAL_EPISODES must be at least 1"),
+    (["--MEM_SIZE=200", "--WARM_STEPS=64", "--NUM_ENVS=50"], "MEM_SIZE (200) is too small for NUM_ENVS (50)"),
+    (["--WARM_STEPS=33"], "WARM_STEPS (33) is too small for NUM_ENVS"),
+    (["--EPS_START=1.1"], "EPS_START must be from 0 to 1"),
+    (["--EPS_END=-0.1"], "EPS_END must be from 0 to 1"),
+    (["--EPS_START=0.1", "--EPS_END=0.2"], "EPS_END (0.2) must not be above EPS_START (0.1)"),
+    (["--EVAL_EPS=nan"], "EVAL_EPS must be from 0 to 1"),
+    (["--GAMMA=2"], "GAMMA must be from 0 to 1"),
+    (["--ALPHA=-1"], "ALPHA must be from 0 to 1"),
+    (["--BETA_START=7"], "BETA_START must be from 0 to 1"),
+    (["--LEARNING_RATE=0"], "LEARNING_RATE must be a positive number"),
+    (["--ADAM_EPS=nan"], "ADAM_EPS must be a positive number"),
+    (["--SEED=-1"], "SEED must be from 0"),
+    (["--EVALUATE_FREQ=3"], "EVALUATE_FREQ (3) must be at least NUM_ENVS"),
+    (["--PRECISION=float8"], "PRECISION must be one of"),
+    (["--DEVICE=tpu"], "DEVICE 'tpu'"),
+    (["--MEM_SIZE=1e12"], "7056.00 GB"),
+    (["--SAVE_PREFIX=/proc/nowhere"], "cannot write to /proc/nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
+def test_bad_input_is_one_line_on_stderr_and_status_2(monkeypatch, tmp_path, capsys, constants, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    monkeypatch.setattr(utils_memory.torch, "zeros", forbidden)  # nothing is allocated before all is checked
+    for name in utils_config.constants(constants):  # undone after the test
+        monkeypatch.setattr(main, name, getattr(main, name))
+    assert utils_config.run(main.main, vars(main)) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert len(output.err.splitlines()) == 1
+    assert sentence in output.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def forbidden(*args, **kwargs):
+    """An allocation that must not happen."""
+    raise AssertionError("allocated before the constants were checked")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("MAX_STEPS", 1e6, "MAX_STEPS must be a whole number, not 1000000.0"),
+        ("GAME", 5, "GAME must be a text, not 5"),
+        ("PRIORITIZED", 1, "PRIORITIZED must be True or False, not 1"),
+        ("SEED", True, "SEED must be a whole number, not True"),
+        ("GAMMA", "1", "GAMMA must be a number, not '1'"),
+    ],
+)
+def test_a_constant_edited_to_the_wrong_type_is_refused(monkeypatch, name, value, sentence):
+    monkeypatch.setattr(main, name, value)
+    with pytest.raises(utils_config.ConfigError, match=re.escape(sentence)):
+        utils_config.check(vars(main))
+
+
+def test_a_memory_that_does_not_fit_names_needed_and_free(monkeypatch):
+    monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_500_000_000)
+    with pytest.raises(utils_config.ConfigError, match=r"0\.71 GB on cpu, 1\.50 GB free"):
+        utils_config.choose_storage(torch.device("cpu"), utils_memory.ReplayMemory, 100_000, 32)
+
+
+def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
+    run = tiny_run(MAX_STEPS=8)
+    before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
+    with pytest.raises(utils_config.ConfigError, match=r"rewards\.txt is from an earlier run"):
+        main.main()
+    (run.directory / "rewards.txt").rename(run.directory / "kept.txt")
+    with pytest.raises(utils_config.ConfigError, match="model_000 is from an earlier run"):
+        main.main()
+    (run.directory / "kept.txt").rename(run.directory / "rewards.txt")
+    assert {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()} == before
+
+
+def test_importing_main_starts_nothing_and_a_run_from_the_shell_prints_its_bar(tmp_path):
+    tiny = [f"--{name}={value}" for name, value in {**TINY, "MAX_STEPS": 2000, "EVALUATE_FREQ": 2000}.items()]
+    done = subprocess.run(
+        [sys.executable, main.__file__, *tiny], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert "warning" not in done.stderr.lower()
+    for part in ("steps/s", "epsilon", "score", "loss", "GB free"):
+        assert part in done.stderr
+    imported = subprocess.run(
+        [sys.executable, "-c", "import main"],
+        cwd=Path(main.__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (imported.returncode, imported.stdout, imported.stderr) == (0, "", "")
+
+
+def test_a_model_loads_into_an_agent_and_names_its_game_and_score(tiny_run):
+    run = tiny_run(MAX_STEPS=8)
+    agent = utils_drl.Agent(4)
+    about = agent.load(run.directory / "models" / "model_000")
+    assert (about["game"], about["step"]) == ("breakout", 0)
+    assert f"{about['score']:.1f}" == run.lines[0].split()[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("game", ["pong", "breakout", "seaquest", "montezuma_revenge"])
+@pytest.mark.filterwarnings("error")
+def test_any_game_trains_without_a_warning(tiny_run, game):
+    run = tiny_run(GAME=game, MAX_STEPS=5_000, WARM_STEPS=1_000, MEM_SIZE=4_000, EVALUATE_FREQ=5_000)
+    assert len(run.lines) == 2
