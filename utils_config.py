@@ -16,7 +16,7 @@ from utils_memory import ReplayMemory, free_bytes
 HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
 
 
-class ConfigError(ValueError):
+class ConfigError(Exception):
     """Constants that cannot work, or a place that cannot be written; the message is one sentence for the user."""
 
 

@@ -76,6 +76,7 @@ class AtariEnv:
         self._meanings = [action.name for action in self._emulators.ale.get_action_set()]
         self._fire = self._meanings.index("FIRE") if "FIRE" in self._meanings else None
         self._in_flight = False
+        self._evaluations: dict[tuple[int, int], AtariEnv] = {}
         self.finished_scores: list[float] = []  # raw scores of games as they end, for the caller to read and clear
 
     def get_action_dim(self) -> int:
@@ -109,9 +110,13 @@ class AtariEnv:
 
     def send(self, actions: np.ndarray) -> None:
         """Start one step of every game. Raises ValueError for actions that are not one legal number per game."""
-        actions = np.array(actions, dtype=np.int64)
-        if actions.shape != (self.num_envs,):
-            raise ValueError(f"{self.num_envs} games need {self.num_envs} actions, not {list(actions.shape)}")
+        actions = np.array(actions)
+        if actions.shape != (self.num_envs,) or actions.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.num_envs} games need {self.num_envs} whole numbers as actions, "
+                f"not {actions.dtype} {list(actions.shape)}"
+            )
+        actions = actions.astype(np.int64)
         if actions.min() < 0 or actions.max() >= len(
             self._meanings
         ):  # an illegal action would hang the emulators for ever
@@ -176,15 +181,7 @@ class AtariEnv:
         """
         if episodes < 1:
             raise ValueError(f"an evaluation needs at least 1 game, not {episodes}")
-        games = AtariEnv(
-            self.game,
-            episodes,
-            self.device,
-            stack_size=self.stack_size,
-            frame_skip=self.frame_skip,
-            num_threads=self.num_threads,
-            max_frames=max_frames,
-        )
+        games = self._evaluation_games(episodes, max_frames)
         rng = np.random.default_rng(seed)
         scores = np.full(episodes, np.nan)
         played = []
@@ -200,6 +197,20 @@ class AtariEnv:
         if record:
             self._replay = _replay(self.game, self.frame_skip, max_frames, games._seeds[0], played[:-1])
         return scores
+
+    def _evaluation_games(self, episodes: int, max_frames: int) -> "AtariEnv":
+        """Emulators for evaluations, kept from one to the next: a reset makes them as good as new."""
+        if (episodes, max_frames) not in self._evaluations:
+            self._evaluations[episodes, max_frames] = AtariEnv(
+                self.game,
+                episodes,
+                self.device,
+                stack_size=self.stack_size,
+                frame_skip=self.frame_skip,
+                num_threads=self.num_threads,
+                max_frames=max_frames,
+            )
+        return self._evaluations[episodes, max_frames]
 
     def get_frame(self) -> np.ndarray | None:
         """The next true-colour frame [210, 160, 3] uint8 of the recorded game, one per step; None after the last."""

@@ -335,7 +335,7 @@ BAD = [
     (["--EVALUATE_FREQ=3"], "EVALUATE_FREQ (3) must be at least NUM_ENVS"),
     (["--PRECISION=float8"], "PRECISION must be one of"),
     (["--DEVICE=tpu"], "DEVICE 'tpu'"),
-    (["--MEM_SIZE=1e12"], "7056.00 GB"),
+    (["--MEM_SIZE=1e12"], "7063000.00 GB on cpu"),
     (["--SAVE_PREFIX=/proc/nowhere"], "cannot write to /proc/nowhere"),
 ]
 
