@@ -109,9 +109,8 @@ def main() -> None:
             env.send(actions)  # ... the emulators start on their own threads ...
             if due(step, SHOW_FREQ):
                 show(progress, agent, env, loss)
-            if training:
-                for _ in range(due(step, POLICY_UPDATE)):  # ... and the learner works meanwhile
-                    loss = agent.learn(memory, BATCH_SIZE)
+            if training and (updates := due(step, POLICY_UPDATE)):
+                loss = agent.learn(memory, BATCH_SIZE, updates)  # ... and the learner works meanwhile
             states, row = env.recv()
             memory.push(row)
             if due(step, TARGET_UPDATE):

@@ -111,27 +111,33 @@ class Agent:
     def _greedy(self, states: Tensor) -> Tensor:
         return self.policy(states).mean(2).argmax(1)
 
-    def learn(self, memory, batch_size: int) -> Tensor:
-        """One update from `memory.sample(batch_size)`, whose priorities then follow the TD errors.
+    def learn(self, memory, batch_size: int, updates: int = 1) -> Tensor:
+        """`updates` updates, each from its own `batch_size` transitions, whose priorities then follow the TD errors.
 
-        Returns the loss, a scalar on the device, without waiting for it.
+        All of them are drawn, and valued by the target network, in one go: it does not change in between, and a large
+        forward pass costs less than many small ones. Returns the last loss, a scalar on the device, without waiting
+        for it.
         """
-        batch = memory.sample(batch_size)
-        loss, td_errors = self._loss(batch)
-        self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for parameter in self._parameters:
-            parameter.grad.clamp_(-1, 1)
-        self._optimizer.step()
-        memory.update_priorities(batch.indices, td_errors)
+        batch = memory.sample(batch_size, updates)
+        with torch.no_grad():
+            next_values = self.target(batch.next_states)
+        td_errors = []
+        for part in zip(*(values.split(batch_size) for values in (*batch, next_values)), strict=True):
+            loss, errors = self._loss(Batch(*part[:-1]), part[-1])
+            td_errors.append(errors)
+            self._optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            for parameter in self._parameters:
+                parameter.grad.clamp_(-1, 1)
+            self._optimizer.step()
+        memory.update_priorities(batch.indices, torch.cat(td_errors))
         return loss.detach()
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss and the unweighted TD errors [B] of the mean values."""
+    def _loss(self, batch: Batch, next_values: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss and the unweighted TD errors [B] of the mean values, given the target network's `next_values`."""
         with torch.no_grad():
-            next_target = self.target(batch.next_states)
-            next_choice = self.policy(batch.next_states) if self.double_dqn else next_target
-            targets = td_targets(batch, next_target, next_choice)
+            choice = self.policy(batch.next_states) if self.double_dqn else next_values
+            targets = td_targets(batch, next_values, choice)
         rows = torch.arange(len(batch.actions), device=self.device)
         values = self.policy(batch.states)[rows, batch.actions]
         loss = (batch.weights * quantile_loss(values, targets)).mean()

@@ -116,11 +116,11 @@ class ReplayMemory:
         self._pushed += 1
         self._count += 1
 
-    def sample(self, batch_size: int) -> Batch:
-        """Draw `batch_size` transitions, each equally likely, with replacement."""
+    def sample(self, batch_size: int, batches: int = 1) -> Batch:
+        """Draw `batches` * `batch_size` transitions, batch after batch, each equally likely, with replacement."""
         self._check_sample(batch_size)
         first, last = self._window()
-        draws = torch.rand(TRIES, batch_size, dtype=torch.float64, generator=self._generator, device=self.device)
+        draws = torch.rand(TRIES, batches * batch_size, dtype=torch.float64, generator=self._generator, device=self.device)
         candidates = first + (draws * (last - first)).long()
         found = self._is_transition(candidates)
         choice = found.byte().argmax(0, keepdim=True)  # the first try that hit a transition
@@ -236,11 +236,17 @@ class PrioritizedReplayMemory(ReplayMemory):
         slots = torch.cat([retired, ready]) % self.capacity
         self._tree.update(slots, torch.cat([torch.zeros_like(priorities), priorities]))
 
-    def sample(self, batch_size: int) -> Batch:
-        """Draw `batch_size` transitions in proportion to their priorities, one from each slice of their sum."""
+    def sample(self, batch_size: int, batches: int = 1) -> Batch:
+        """Draw `batches` * `batch_size` transitions, batch after batch, in proportion to their priorities.
+
+        One is drawn from each slice of the sum of priorities, and the slices are dealt to the batches in turn. Drawing
+        many at once costs hardly more than drawing one.
+        """
         self._check_sample(batch_size)
-        slots, probabilities = self._tree.sample(batch_size, self._generator)
-        weights = (probabilities / probabilities.min()) ** -self._beta()
+        slots, probabilities = self._tree.sample(batches * batch_size, self._generator)
+        slots, probabilities = (dealt.view(batch_size, batches).t() for dealt in (slots, probabilities))
+        weights = (probabilities / probabilities.amin(1, keepdim=True)) ** -self._beta()
+        slots, weights = slots.flatten(), weights.flatten()
         oldest = (self._count - self.rows) * self.num_envs
         indices = oldest + (slots - oldest) % self.capacity
         return self._deliver(self.gather(indices)._replace(weights=weights.float()))

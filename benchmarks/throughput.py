@@ -1,0 +1,300 @@
+"""Where the time goes: emulators, learner, memory and the whole loop, measured in one run.
+
+    python benchmarks/throughput.py [--peers] [--json FILE] [--rounds N] [--CONSTANT=value ...]
+
+Every part is measured once per round, the parts in turn, so that a machine whose speed wanders troubles all alike. The
+table gives medians over the rounds with the smallest and largest. `--peers` adds Stable-Baselines3's DQN doing the
+same work (pip install -r benchmarks/requirements.txt): Breakout, an update of 32 every 4 steps, the same threads.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main
+import utils_config
+from utils_drl import Agent
+from utils_env import AtariEnv
+from utils_memory import PrioritizedReplayMemory, ReplayMemory
+from utils_types import Transition
+
+WINDOW = 6.0  # seconds of each measurement
+
+
+def bench() -> None:
+    """Measure everything, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", action="store_true", help="measure Stable-Baselines3 too")
+    parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each part (default 3)")
+    arguments, overrides = parser.parse_known_args()
+    constants = vars(main)
+    utils_config.override(constants, overrides)
+    utils_config.check(constants)
+    device = utils_config.choose_device(main.DEVICE)
+
+    parts = {
+        "emulators": lambda: emulators(device),
+        "acting": lambda: acting(device),
+        "learner_uniform": lambda: learner(device, ReplayMemory),
+        "learner_prioritized": lambda: learner(device, PrioritizedReplayMemory),
+        "loop_uniform": lambda: loop(False),
+        "loop_prioritized": lambda: loop(True),
+    }
+    if arguments.peers:
+        parts["sb3"] = stable_baselines3
+    rates: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(arguments.rounds):
+        for name, measure in parts.items():
+            print(f"round {number + 1} of {arguments.rounds}: {name}", end="\r", file=sys.stderr)
+            rates[name].append(measure())
+    memories = {slots: memory_times(device, slots) for slots in (100_000, 1_000_000)}
+    report(rates, memories, device, arguments.json)
+
+
+def emulators(device: torch.device) -> float:
+    """Steps per second of random play, frames delivered to the device, nothing learned."""
+    env = AtariEnv(main.GAME, main.NUM_ENVS, device, stack_size=main.STACK_SIZE, frame_skip=main.FRAME_SKIP)
+    env.reset(seed=0)
+    rng = np.random.default_rng(0)
+    return main.NUM_ENVS * rate(lambda: env.step(rng.integers(env.get_action_dim(), size=main.NUM_ENVS)), device)
+
+
+def acting(device: torch.device) -> float:
+    """Greedy actions per second."""
+    agent, states = make_agent(device), random_frames(main.NUM_ENVS, main.STACK_SIZE).to(device)
+    return main.NUM_ENVS * rate(lambda: agent.run(states, epsilon=0.0), device)
+
+
+def learner(device: torch.device, kind: type[ReplayMemory]) -> float:
+    """Updates per second, as steps per second: times POLICY_UPDATE. As many updates at once as in the loop."""
+    agent, memory = make_agent(device), filled(kind, 100_000, device)
+    updates = max(main.NUM_ENVS // main.POLICY_UPDATE, 1)
+    return updates * main.POLICY_UPDATE * rate(lambda: agent.learn(memory, main.BATCH_SIZE, updates), device)
+
+
+def loop(prioritized: bool) -> float:
+    """Steps per second of main.main() while it trains, between its evaluations."""
+    warm, length = 4_000, 100_000
+    constants = {
+        "PRIORITIZED": prioritized,
+        "WARM_STEPS": warm,
+        "MAX_STEPS": length,
+        "EVALUATE_FREQ": length,
+        "EVAL_EPISODES": 1,
+        "EVAL_EPS": 1.0,
+        "EPS_START": main.EPS_END,
+        "tqdm": Stopwatch,
+    }
+    before = {name: getattr(main, name) for name in constants}
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+        vars(main).update(constants)
+        try:
+            main.main()
+        except Stopwatch.Enough as enough:
+            return enough.rate
+        finally:
+            vars(main).update(before)
+    raise RuntimeError("the loop ended before it was measured")
+
+
+class Stopwatch:
+    """Stands in for the progress bar: times a window of training and then ends the run."""
+
+    class Enough(Exception):
+        """The window is over."""
+
+        def __init__(self, rate: float):
+            super().__init__()
+            self.rate = rate
+
+    def __init__(self, total: int, **_):
+        self.n, self.start, self.first = 0, None, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def set_postfix_str(self, *_, **__) -> None:
+        """A bar's text; not needed."""
+
+    def update(self, steps: int) -> None:
+        """One iteration is over."""
+        self.n += steps
+        now = time.perf_counter()
+        if self.start is None and self.n > main.WARM_STEPS + 20 * main.NUM_ENVS:  # warm
+            self.start, self.first = now, self.n
+        elif self.start is not None and now - self.start > WINDOW:
+            raise Stopwatch.Enough((self.n - self.first) / (now - self.start))
+
+
+def stable_baselines3() -> float:
+    """Steps per second of Stable-Baselines3's DQN in its training phase, at this script's ratio of updates to steps."""
+    from stable_baselines3 import DQN
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.vec_env import VecFrameStack
+
+    class Window(BaseCallback):
+        start, first, rate = None, 0, None
+
+        def _on_step(self) -> bool:
+            now = time.perf_counter()
+            if self.start is None and self.num_timesteps > 1_400:
+                self.start, self.first = now, self.num_timesteps
+            elif self.start is not None and now - self.start > WINDOW:
+                self.rate = (self.num_timesteps - self.first) / (now - self.start)
+            return self.rate is None
+
+    env = VecFrameStack(make_atari_env("BreakoutNoFrameskip-v4", n_envs=1, seed=0), n_stack=4)
+    model = DQN("CnnPolicy", env, buffer_size=10_000, learning_starts=1_000, batch_size=32, train_freq=4, device="auto")
+    window = Window()
+    model.learn(1_000_000, callback=window)
+    env.close()
+    return window.rate
+
+
+def memory_times(device: torch.device, slots: int) -> dict[str, float]:
+    """Microseconds of one sample and one priority update in a memory of `slots`, without gathering for the update."""
+    times = {}
+    for name, kind in (("uniform", ReplayMemory), ("prioritized", PrioritizedReplayMemory)):
+        memory = filled(kind, slots, device)
+        times[f"sample_{name}"] = 1e6 / rate(lambda memory=memory: memory.sample(main.BATCH_SIZE), device, window=1.0)
+    batch = memory.sample(main.BATCH_SIZE)
+    errors = torch.rand(main.BATCH_SIZE, device=device)
+    times["update"] = 1e6 / rate(lambda: memory.update_priorities(batch.indices, errors), device, window=1.0)
+    return times
+
+
+def rate(call, device: torch.device, window: float = WINDOW) -> float:
+    """Calls per second, over at least `window` seconds after a few to warm up."""
+    for _ in range(5):
+        call()
+    wait(device)
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < window:
+        call()
+        calls += 1
+        if calls % 50 == 0:
+            wait(device)  # or the host would only measure how fast it can ask
+    wait(device)
+    return calls / (time.perf_counter() - start)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all it was asked."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_agent(device: torch.device) -> Agent:
+    """An agent as main.main() makes it, for four actions."""
+    return Agent(
+        4,
+        device,
+        stack_size=main.STACK_SIZE,
+        double_dqn=main.DOUBLE_DQN,
+        dueling=main.DUELING,
+        quantiles=main.QUANTILES,
+        dtype=utils_config.choose_dtype(main.PRECISION, device),
+    )
+
+
+def random_frames(*shape: int) -> torch.Tensor:
+    """uint8 noise of 84x84 frames."""
+    return torch.randint(0, 255, (*shape, 84, 84), dtype=torch.uint8)
+
+
+def filled(kind: type[ReplayMemory], slots: int, device: torch.device) -> ReplayMemory:
+    """A full memory of noise."""
+    games = main.NUM_ENVS
+    place, _ = utils_config.choose_storage(device, kind, slots, games)
+    memory = kind(slots, games, n_step=main.N_STEP, device=place, learner_device=device)
+    row = Transition(
+        random_frames(games).to(device),
+        torch.zeros(games, dtype=torch.int64, device=device),
+        torch.ones(games, device=device),
+        torch.zeros(games, dtype=torch.bool, device=device),
+        torch.full((games,), 3, device=device),
+    )
+    for _ in range(slots // games + 2):
+        memory.push(row)
+    return memory
+
+
+def report(rates: dict, memories: dict, device: torch.device, path: str | None) -> None:
+    """Print the table and write the JSON."""
+    middle = {name: statistics.median(values) for name, values in rates.items()}
+    print(f"{'':22}{'steps/s':>9}{'least':>9}{'most':>9}")
+    for name, values in rates.items():
+        print(f"{name:22}{middle[name]:9.0f}{min(values):9.0f}{max(values):9.0f}")
+    slower = min(middle["emulators"], middle["learner_uniform"])
+    ratios = {
+        "prioritized / uniform, loop": middle["loop_prioritized"] / middle["loop_uniform"],
+        "loop / slower of its parts": middle["loop_uniform"] / slower,
+    }
+    if "sb3" in middle:
+        ratios["loop / Stable-Baselines3"] = middle["loop_uniform"] / middle["sb3"]
+    print()
+    for name, value in ratios.items():
+        print(f"{name:30}{value:7.2f}")
+    print(f"\n{'microseconds':22}" + "".join(f"{name:>20}" for name in memories[100_000]))
+    for slots, times in memories.items():
+        print(f"{slots:<22,}" + "".join(f"{value:20.0f}" for value in times.values()))
+    about = machine(device)
+    print()
+    for name, value in about.items():
+        print(f"{name:22}{value}")
+    if path:
+        figures = {
+            name: {"steps_per_s": middle[name], "least": min(values), "most": max(values), "rounds": values}
+            for name, values in rates.items()
+        }
+        figures |= {"ratios": ratios, "memory_microseconds": memories, "machine": about}
+        Path(path).write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def machine(device: torch.device) -> dict[str, str | int | float]:
+    """What the figures were taken on."""
+    model = "unknown"
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit.stdout.strip(),
+        "cpu": model,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "games": main.NUM_ENVS,
+        "precision": str(utils_config.choose_dtype(main.PRECISION, device)).removeprefix("torch."),
+        "device": str(device),
+        "peak_ram_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    }
+    if device.type == "cuda":
+        about["gpu"] = torch.cuda.get_device_name()
+        about["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return about
+
+
+if __name__ == "__main__":
+    bench()
