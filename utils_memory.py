@@ -120,7 +120,9 @@ class ReplayMemory:
         """Draw `batches` * `batch_size` transitions, batch after batch, each equally likely, with replacement."""
         self._check_sample(batch_size)
         first, last = self._window()
-        draws = torch.rand(TRIES, batches * batch_size, dtype=torch.float64, generator=self._generator, device=self.device)
+        draws = torch.rand(
+            TRIES, batches * batch_size, dtype=torch.float64, generator=self._generator, device=self.device
+        )
         candidates = first + (draws * (last - first)).long()
         found = self._is_transition(candidates)
         choice = found.byte().argmax(0, keepdim=True)  # the first try that hit a transition

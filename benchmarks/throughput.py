@@ -32,7 +32,7 @@ from utils_env import AtariEnv
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition
 
-WINDOW = 6.0  # seconds of each measurement
+WINDOW = float(os.environ.get("WINDOW", 6.0))  # seconds of each measurement
 
 
 def bench() -> None:

@@ -48,9 +48,11 @@ class FakeMemory:
         self.sizes = []
         self.updates = []
 
-    def sample(self, batch_size):
-        self.sizes.append(batch_size)
-        return self.batches[(len(self.sizes) - 1) % len(self.batches)]
+    def sample(self, batch_size, batches=1):
+        first = len(self.sizes)
+        self.sizes += [batch_size] * batches
+        parts = [self.batches[number % len(self.batches)] for number in range(first, first + batches)]
+        return Batch(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def update_priorities(self, indices, td_errors):
         self.updates.append((indices.clone(), td_errors))
@@ -294,6 +296,21 @@ def test_ten_updates_equal_the_equations(case):
     assert len(memory.updates) == 10
     assert (snapshot(agent.policy)["conv1.weight"] - before["conv1.weight"]).abs().max() > 1e-3
     all_close(snapshot(agent.policy), oracle.parameters)
+
+
+@pytest.mark.parametrize("case", HALF)
+def test_several_updates_at_once_equal_the_same_updates_one_by_one(case):
+    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles, "dueling": case.dueling}
+    batches = [make_batch(seed, case.prioritized, case.n_step) for seed in range(3)]
+    at_once, one_by_one = FakeMemory(batches), FakeMemory(batches)
+    agent, twin = make_agent(**options), make_agent(**options)
+    loss = agent.learn(at_once, BATCH_SIZE, updates=3)
+    losses = [twin.learn(one_by_one, BATCH_SIZE) for _ in range(3)]
+    close(loss, losses[-1])
+    all_close(snapshot(agent.policy), snapshot(twin.policy))
+    assert len(at_once.updates) == 1
+    assert torch.equal(at_once.updates[0][0], torch.cat([indices for indices, _ in one_by_one.updates]))
+    close(at_once.updates[0][1], torch.cat([td_errors for _, td_errors in one_by_one.updates]))
 
 
 def test_adam_defaults_are_those_of_the_classic_recipe():

@@ -227,8 +227,8 @@ def recording(memory: type, returns: list) -> type:
     """A memory class that also appends the returns of every batch it hands out to `returns`."""
 
     class Recording(memory):
-        def sample(self, batch_size):
-            batch = super().sample(batch_size)
+        def sample(self, batch_size, batches=1):
+            batch = super().sample(batch_size, batches)
             returns.append(batch.returns.clone())
             return batch
 
@@ -251,7 +251,7 @@ def test_only_prioritized_replay_dwells_on_surprises_and_it_learns_unbiased_valu
         MAX_STEPS=544 + 640,
         EVALUATE_FREQ=64,
     )
-    late = torch.stack(returns[len(returns) // 2 :])
+    late = torch.cat(returns[len(returns) // 2 :])
     times_as_often = (late == 1.0).float().mean().item() / WIN_SHARE
     if prioritized:
         assert times_as_often > 10

@@ -686,6 +686,36 @@ def test_weights_are_inverse_probabilities_to_the_power_of_beta_over_the_largest
     assert len(batch.weights.unique()) == (1 if beta == 0 else len(chances.unique()))
 
 
+def test_each_of_several_batches_has_its_own_share_of_every_part_of_the_sum_and_its_own_largest_weight():
+    memory, _, _ = filled(PrioritizedReplayMemory, 60, 2, 100, alpha=0.7, seed=26)
+    alive = memory.sampleable()
+    memory.update_priorities(alive, torch.linspace(0.1, 1.0, len(alive)))
+    chances = memory.priorities(alive) / memory.priorities(alive).sum()
+    slots, order = (alive % memory.capacity).sort()  # the tree's order
+    ends = chances[order].cumsum(0)
+    batch = memory.sample(16, 4)
+    for part in range(4):
+        mine = slice(16 * part, 16 * part + 16)
+        wanted = memory.priorities(batch.indices[mine])
+        wanted = (wanted / wanted.min()) ** -memory.beta
+        assert torch.allclose(batch.weights[mine], wanted.float(), rtol=1e-5)
+        place = torch.searchsorted(slots, batch.indices[mine] % memory.capacity)
+        sixteenths = torch.arange(16) / 16  # draw k of a batch lies somewhere in sixteenth k
+        assert (ends[place] >= sixteenths - 1e-6).all()
+        assert (ends[place] - chances[order][place] <= sixteenths + 1 / 16 + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_several_batches_are_drawn_as_often_from_every_slot_as_one(kind):
+    memory, _, _ = filled(kind, 30, 2, 50, seed=27)
+    alive = memory.sampleable()
+    drawn = torch.cat([memory.sample(8, 5).indices for _ in range(2_000)])
+    counts = (drawn[:, None] == alive).sum(0).double()
+    expected = len(drawn) / len(alive)
+    assert counts.sum() == len(drawn)
+    assert ((counts - expected).abs() < 6 * expected**0.5).all()
+
+
 def test_equal_priorities_weigh_one():
     memory, _, _ = filled(PrioritizedReplayMemory, 60, 2, 100, seed=21)
     assert memory.sample(64).weights.tolist() == [1.0] * 64
