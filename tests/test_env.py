@@ -80,7 +80,7 @@ class PlainGame:
 
 
 class ScriptedAgent:
-    """Plays the same fixed actions in every game, and remembers what it was asked."""
+    """Plays given actions, one for all games or one per game, and remembers what it was asked."""
 
     def __init__(self, actions):
         self.actions, self.calls, self.states = actions, [], []
@@ -517,6 +517,23 @@ def test_evaluation_gives_the_raw_scores_of_whole_games(game, episodes, max_fram
         assert plain.over
         assert score == plain.score
     assert game == "freeway" or any(abs(score) > 1 for score in scores)
+
+
+def test_a_game_that_is_over_first_counts_only_once(starts):
+    actions = random_actions(4, (1000, 2), seed=3)
+    actions[:, 0] = np.where(np.arange(1000) < 155, LEFT, NOOP)  # scores in a short game, then plays on for nothing
+    agent = ScriptedAgent(actions)
+    scores = AtariEnv("breakout", 1).evaluate(agent, 2, 0.05, seed=1)
+    lengths = []
+    for score, clock, script in zip(scores, starts[-1][1], actions.T, strict=True):
+        plain, played = PlainGame("breakout", clock), 0
+        while not plain.over:
+            plain.step(script[played])
+            played += 1
+        assert score == plain.score
+        assert score > 0
+        lengths.append(played)
+    assert lengths[1] > lengths[0] + 140, "the second game must outlast two of the first, or this shows nothing"
 
 
 def test_evaluation_ends_each_game_at_the_frame_limit(starts):
