@@ -1,0 +1,153 @@
+"""The same numbers on a CUDA GPU as on the CPU. Run with: python -m pytest -m gpu"""
+
+import pytest
+import torch
+
+import main
+from sumtree import SumTree
+from utils_drl import Agent
+from utils_env import AtariEnv
+from utils_memory import PrioritizedReplayMemory, ReplayMemory
+from utils_types import Batch, Transition
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+CUDA = torch.device("cuda")
+
+
+def on(device, values):
+    """The NamedTuple `values` with every tensor on `device`."""
+    return type(values)(*(value.to(device) for value in values))
+
+
+def rows(count, games, seed=0):
+    """Random rows: frames of 84x84 noise, lost lives, game ends and truncations."""
+    generator = torch.Generator().manual_seed(seed)
+    ages = torch.zeros(games, dtype=torch.int64)
+    for number in range(count):
+        chance = torch.rand(games, generator=generator)
+        ages = torch.where((chance < 0.1) | (number == 0), 0, (ages + 1).clamp_max(3))
+        yield Transition(
+            torch.randint(0, 256, (games, 84, 84), dtype=torch.uint8, generator=generator),
+            torch.randint(0, 4, (games,), generator=generator),
+            torch.randint(-1, 2, (games,), generator=generator).float(),
+            (chance > 0.9) & (ages > 0),
+            ages,
+        )
+
+
+@pytest.mark.parametrize("capacity", [1, 7, 1000, 2**17])
+def test_the_tree_keeps_exactly_the_sums_of_the_cpu(capacity):
+    here, there = SumTree(capacity), SumTree(capacity, CUDA)
+    generator = torch.Generator().manual_seed(capacity)
+    for _ in range(20):
+        indices = torch.randint(0, capacity, (64,), generator=generator)
+        priorities = torch.rand(64, dtype=torch.float64, generator=generator)
+        here.update(indices, priorities)
+        there.update(indices.to(CUDA), priorities.to(CUDA))
+    assert torch.equal(here.total(), there.total().cpu())
+    ends = torch.arange(min(capacity, 1000) + 1)
+    assert torch.equal(here.prefix_sum(ends), there.prefix_sum(ends.to(CUDA)).cpu())
+    mass = torch.rand(1000, dtype=torch.float64, generator=generator) * here.total() * 0.999
+    assert torch.equal(here.find(mass), there.find(mass.to(CUDA)).cpu())
+    drawn, probabilities = there.sample(256, torch.Generator(CUDA).manual_seed(0))
+    assert (probabilities > 0).all()
+    assert int(drawn.max()) < capacity
+
+
+@pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
+@pytest.mark.parametrize("n_step", [1, 3])
+def test_the_memory_holds_the_same_transitions_as_on_the_cpu(kind, n_step):
+    here, there = (kind(600, 8, n_step=n_step, device=device) for device in ("cpu", CUDA))
+    for row in rows(100, 8):
+        here.push(row)
+        there.push(on(CUDA, row))
+    assert torch.equal(here.sampleable(), there.sampleable().cpu())
+    for mine, its in zip(here.gather(here.sampleable()), there.gather(there.sampleable()), strict=True):
+        assert torch.equal(mine, its.cpu())
+    batch = there.sample(32, 4)
+    assert torch.isin(batch.indices.cpu(), here.sampleable()).all()
+    there.update_priorities(batch.indices, torch.rand(128, device=CUDA))
+
+
+@pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
+def test_a_memory_in_ram_delivers_to_the_gpu(kind):
+    memory = kind(600, 8, learner_device=CUDA)
+    for row in rows(100, 8):
+        memory.push(on(CUDA, row))
+    batch = memory.sample(32)
+    assert {value.device.type for value in batch} == {"cuda"}
+    memory.update_priorities(batch.indices, torch.rand(32, device=CUDA))
+
+
+@pytest.mark.parametrize("quantiles", [1, 8])
+@pytest.mark.parametrize("dueling", [False, True])
+def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, quantiles):
+    generator = torch.Generator().manual_seed(0)
+    batch = Batch(
+        torch.randint(0, 256, (32, 4, 84, 84), dtype=torch.uint8, generator=generator),
+        torch.randint(0, 4, (32,), generator=generator),
+        torch.rand(32, generator=generator),
+        torch.randint(0, 256, (32, 4, 84, 84), dtype=torch.uint8, generator=generator),
+        torch.full((32,), 0.99),
+        torch.rand(32, generator=generator),
+        torch.arange(32),
+    )
+
+    class Memory:
+        """Hands out the one batch."""
+
+        def __init__(self, device):
+            self.batch = on(device, batch)
+
+        def sample(self, batch_size, batches=1):
+            """Give the batch."""
+            return self.batch
+
+        def update_priorities(self, indices, td_errors):
+            """Keep the TD errors."""
+            self.td_errors = td_errors.cpu()
+
+    errors, weights = [], []
+    for device in ("cpu", CUDA):
+        agent = Agent(4, device, dueling=dueling, quantiles=quantiles, double_dqn=True, dtype=torch.float64)
+        memory = Memory(device)
+        for _ in range(5):
+            agent.learn(memory, 32)
+        errors.append(memory.td_errors)
+        weights.append({name: value.cpu() for name, value in agent.policy.state_dict().items()})
+    assert torch.allclose(*errors, rtol=1e-6, atol=1e-9)
+    for name in weights[0]:
+        assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-9), name
+
+
+def test_states_and_rows_arrive_whole_on_the_gpu():
+    here, there = AtariEnv("breakout", 4), AtariEnv("breakout", 4, CUDA)
+    agent = Agent(4)
+    mine, its = here.reset(3), there.reset(3)
+    for _ in range(200):
+        assert torch.equal(mine[0], its[0].cpu())
+        for one, other in zip(mine[1], its[1], strict=True):
+            assert torch.equal(one, other.cpu())
+        actions = agent.run(mine[0])
+        mine, its = here.step(actions), there.step(actions)
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_a_whole_run_on_the_gpu_writes_its_results(monkeypatch, tmp_path, prioritized):
+    constants = {
+        "PRIORITIZED": prioritized,
+        "MAX_STEPS": 4_000,
+        "WARM_STEPS": 1_000,
+        "MEM_SIZE": 3_000,
+        "EVALUATE_FREQ": 2_000,
+        "EVAL_EPISODES": 2,
+        "DEVICE": "cuda",
+    }
+    monkeypatch.chdir(tmp_path)
+    for name, value in constants.items():
+        monkeypatch.setattr(main, name, value)
+    main.main()
+    assert len((tmp_path / "rewards.txt").read_text().splitlines()) == 3
