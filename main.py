@@ -59,6 +59,7 @@ def main() -> None:
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
     models = utils_config.open_results(SAVE_PREFIX)
+    utils_config.keep_freed_memory()
     print(sentence, file=sys.stderr)
 
     env = AtariEnv(GAME, NUM_ENVS, device, stack_size=STACK_SIZE, frame_skip=FRAME_SKIP)

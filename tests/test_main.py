@@ -422,7 +422,6 @@ def test_a_model_loads_into_an_agent_and_names_its_game_and_score(tiny_run):
     assert f"{about['score']:.1f}" == run.lines[0].split()[2]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("game", ["pong", "breakout", "seaquest", "montezuma_revenge"])
 @pytest.mark.filterwarnings("error")
 def test_any_game_trains_without_a_warning(tiny_run, game):
