@@ -2,6 +2,7 @@
 
 import difflib
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ TWO_PLAYERS_ONLY = ("combat", "joust", "maze_craze", "warlords")  # the vectoris
 SCREEN = (210, 160)  # rows and columns of a true-colour frame
 EPISODE_FRAMES = 108_000  # a training game's limit, half an hour
 EVAL_FRAMES = 18_000  # an evaluation game's limit, five minutes
+LEAST_FRAMES = 40  # of any limit: a game's clock starts after up to 30 no-ops, and must be seen to fall at its restart
 FRAMES_PER_SECOND = 60
 
 
@@ -61,6 +63,10 @@ class AtariEnv:
         num_threads: int = 0,
         max_frames: int = EPISODE_FRAMES,
     ):
+        if num_envs < 1:
+            raise ValueError(f"there must be at least 1 game, not {num_envs}")
+        if max_frames < LEAST_FRAMES:
+            raise ValueError(f"a game's limit must be at least {LEAST_FRAMES} frames, not {max_frames}")
         self.game, self.num_envs, self.device = normalize_game(game), num_envs, torch.device(device)
         self.stack_size, self.frame_skip, self.num_threads = stack_size, frame_skip, num_threads
         self._emulators = AtariVectorEnv(
@@ -76,6 +82,8 @@ class AtariEnv:
         self._meanings = [action.name for action in self._emulators.ale.get_action_set()]
         self._fire = self._meanings.index("FIRE") if "FIRE" in self._meanings else None
         self._in_flight = False
+        self._lives = 0
+        self._replay: Iterator[np.ndarray] = iter(())
         self._evaluations: dict[tuple[int, int], AtariEnv] = {}
         self.finished_scores: list[float] = []  # raw scores of games as they end, for the caller to read and clear
 
@@ -130,6 +138,8 @@ class AtariEnv:
 
     def recv(self) -> tuple[Tensor, Transition]:
         """Wait for the step that `send` started; return the states [N, S, 84, 84] after it and its row."""
+        if not self._in_flight:
+            raise RuntimeError("nothing to receive: call send first")
         frames, rewards, self._terminals, _, info = self._emulators.recv()
         self._in_flight = False
         # A game's own clock falls only when it restarts. Flags and lives do not tell: a life lost at the frame limit
@@ -217,11 +227,11 @@ class AtariEnv:
         return next(self._replay, None)
 
     def save_recording(self, directory: str | pathlib.Path) -> None:
-        """Write the recorded game as `directory`/000000.png ... and, beside it, as the animation `directory`.gif."""
+        """Write the game that the last evaluation recorded as `directory`/000000.png ... and, beside it, as the animation `directory`.gif."""
         directory = pathlib.Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
         images = []
         for number, frame in enumerate(self._replay):
+            directory.mkdir(parents=True, exist_ok=True)
             image = Image.fromarray(frame)
             image.save(directory / f"{number:06d}.png")
             # An Atari shows at most 128 colours, so a palette loses nothing; twice the width makes its pixels square.
@@ -230,13 +240,15 @@ class AtariEnv:
                     (2 * SCREEN[1], SCREEN[0]), Image.Resampling.NEAREST
                 )
             )
+        if not images:
+            raise ValueError("nothing to write: no evaluation was recorded since the last time")
         duration = round(1000 * self.frame_skip / FRAMES_PER_SECOND, -1)  # GIF counts hundredths of a second
         images[0].save(
             directory.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=duration, loop=0
         )
 
 
-def _replay(game: str, frame_skip: int, max_frames: int, seed: int, actions: list[int]):
+def _replay(game: str, frame_skip: int, max_frames: int, seed: int, actions: list[int]) -> Iterator[np.ndarray]:
     """Yield the true-colour frames of the game that `seed` starts and `actions` play: the emulator is deterministic."""
     screen = AtariVectorEnv(
         game,

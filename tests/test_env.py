@@ -706,3 +706,34 @@ def test_actions_and_lives_are_the_games_own(game, lives, meanings):
     assert env.get_action_meanings() == meanings.split()
     assert env.get_action_dim() == len(meanings.split())
     assert env.get_eval_lives() == lives
+
+
+# ---- misuse ----
+
+
+@pytest.mark.parametrize("wrong", [{"num_envs": 0}, {"num_envs": -1}, {"num_envs": 2, "max_frames": 4}])
+def test_sizes_that_the_emulators_would_choke_on_are_refused(wrong):
+    with pytest.raises(ValueError, match="must be at least"):
+        AtariEnv("breakout", **wrong)
+
+
+def test_receiving_without_sending_is_refused():
+    env = AtariEnv("breakout", 1)
+    env.reset(0)
+    with pytest.raises(RuntimeError, match="send first"):
+        env.recv()
+
+
+def test_without_a_recording_there_is_no_frame_and_nothing_to_save(tmp_path):
+    env = AtariEnv("breakout", 1)
+    assert env.get_frame() is None
+    with pytest.raises(ValueError, match="no evaluation was recorded"):
+        env.save_recording(tmp_path / "eval")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_frame_a_stack_still_tells_a_games_first_frame_from_the_others():
+    env = AtariEnv("breakout", 1, stack_size=1)
+    states, row = env.reset(0)
+    assert (states.shape, row.ages.item()) == ((1, 1, 84, 84), 0)
+    assert env.step(np.array([0]))[1].ages.item() == 1
