@@ -227,7 +227,10 @@ class AtariEnv:
         return next(self._replay, None)
 
     def save_recording(self, directory: str | pathlib.Path) -> None:
-        """Write the game that the last evaluation recorded as `directory`/000000.png ... and, beside it, as the animation `directory`.gif."""
+        """Write the recorded game as `directory`/000000.png ... and, beside it, as the animation `directory`.gif.
+
+        Raises ValueError if no evaluation was recorded since the last time.
+        """
         directory = pathlib.Path(directory)
         images = []
         for number, frame in enumerate(self._replay):
