@@ -61,6 +61,10 @@ def main() -> None:
     models = utils_config.open_results(SAVE_PREFIX)
     utils_config.keep_freed_memory()
     print(sentence, file=sys.stderr)
+    if MAX_STEPS <= WARM_STEPS:
+        print(
+            f"nothing will be learned: MAX_STEPS ({MAX_STEPS}) ends before WARM_STEPS ({WARM_STEPS})", file=sys.stderr
+        )
 
     env = AtariEnv(GAME, NUM_ENVS, device, stack_size=STACK_SIZE, frame_skip=FRAME_SKIP)
     agent = Agent(

@@ -17,6 +17,17 @@ from utils_memory import ReplayMemory, free_bytes
 HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
 
 
+MOST = {  # far beyond what is useful, and short of what the machine or the emulators would choke on
+    "NUM_ENVS": 4096,
+    "EVAL_EPISODES": 4096,
+    "STACK_SIZE": 64,
+    "FRAME_SKIP": 60,
+    "BATCH_SIZE": 8192,
+    "N_STEP": 1000,
+    "QUANTILES": 1000,
+}
+
+
 class ConfigError(Exception):
     """Constants that cannot work, or a place that cannot be written; the message is one sentence for the user."""
 
@@ -135,6 +146,8 @@ def check(module: dict) -> None:
     )
     for name in (*positive.split(), "N_STEP", "QUANTILES", "EVALUATE_FREQ", "EVAL_EPISODES"):
         need(getattr(c, name) >= 1, f"{name} must be at least 1, not {getattr(c, name)}")
+    for name, most in MOST.items():
+        need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
     for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
         need(0 <= getattr(c, name) <= 1, f"{name} must be from 0 to 1, not {getattr(c, name)}")
     for name in ("LEARNING_RATE", "ADAM_EPS"):
@@ -156,7 +169,11 @@ def check(module: dict) -> None:
         least <= c.WARM_STEPS,
         f"WARM_STEPS ({c.WARM_STEPS}) is too small for NUM_ENVS ({c.NUM_ENVS}): it must be at least {least}",
     )
-    need(c.EVALUATE_FREQ >= c.NUM_ENVS, f"EVALUATE_FREQ ({c.EVALUATE_FREQ}) must be at least NUM_ENVS ({c.NUM_ENVS})")
+    for name in ("EVALUATE_FREQ", "TARGET_UPDATE"):
+        every = getattr(c, name)
+        need(
+            every >= c.NUM_ENVS, f"{name} ({every}) must be at least NUM_ENVS ({c.NUM_ENVS}), the steps of an iteration"
+        )
     need(c.PRECISION in DTYPES, f"PRECISION must be one of {', '.join(DTYPES)}, not {c.PRECISION!r}")
     choose_device(c.DEVICE)
 
@@ -167,6 +184,8 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         raise ConfigError(f"DEVICE {name!r} is not there; try auto or cpu") from None
@@ -185,8 +204,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     else:
         fast = (
             device.type == "cpu"
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
             and torch.cpu._is_avx512_bf16_supported()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
         )
     return torch.bfloat16 if fast else torch.float32
 
@@ -224,10 +243,10 @@ def keep_freed_memory() -> None:
 def open_results(save_prefix: str) -> Path:
     """Make the directory for models and return it. Raises ConfigError where results cannot go or would mix."""
     directory = Path(save_prefix)
-    for old in (Path("rewards.txt"), *sorted(directory.glob("model_*"))[:1]):
-        if old.exists():
-            raise ConfigError(f"{old} is from an earlier run; move it away, or start in another directory")
     try:
+        for old in (Path("rewards.txt"), *directory.glob("model_*"), *Path(".").glob("eval_*")):
+            if old.exists():
+                raise ConfigError(f"{old} is from an earlier run; move it away, or start in another directory")
         directory.mkdir(parents=True, exist_ok=True)
         for place in (directory, Path(".")):
             probe = place / f".probe-{os.getpid()}"

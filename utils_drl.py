@@ -36,6 +36,9 @@ def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
     return (slope * F.smooth_l1_loss(error, zero, reduction="none")).mean(2).sum(1)
 
 
+LARGEST_DRAW = 1024  # transitions that are drawn at once, 58 MB of frames
+
+
 class Agent:
     """A DQN agent.
 
@@ -63,9 +66,7 @@ class Agent:
         self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # the same first weights on every device, and no trace in torch's own stream
+        with torch.random.fork_rng(devices=[]):  # torch's own stream stays as it was
             torch.manual_seed(seed)
             self.policy, self.target = DQN(**self.shape, dtype=dtype), DQN(**self.shape, dtype=dtype)
         for network in (self.policy, self.target):
@@ -114,10 +115,15 @@ class Agent:
     def learn(self, memory, batch_size: int, updates: int = 1) -> Tensor:
         """`updates` updates, each from its own `batch_size` transitions, whose priorities then follow the TD errors.
 
-        All of them are drawn, and valued by the target network, in one go: it does not change in between, and a large
-        forward pass costs less than many small ones. Returns the last loss, a scalar on the device, without waiting
-        for it.
+        They are drawn, and valued by the target network, in one go: it does not change in between, and a large forward
+        pass costs less than many small ones. Returns the last loss, a scalar on the device, without waiting for it.
         """
+        most = max(LARGEST_DRAW // batch_size, 1)
+        for done in range(0, updates, most):
+            loss = self._learn(memory, batch_size, min(most, updates - done))
+        return loss
+
+    def _learn(self, memory, batch_size: int, updates: int) -> Tensor:
         batch = memory.sample(batch_size, updates)
         with torch.no_grad():
             next_values = self.target(batch.next_states)
@@ -152,7 +158,8 @@ class Agent:
     def save(self, path: str | os.PathLike, **about) -> None:
         """Write the policy's weights, its shape and plain values `about` it; the file appears whole or not at all."""
         path = os.fspath(path)
-        torch.save({"about": about, "shape": self.shape, "weights": self.policy.state_dict()}, path + ".tmp")
+        weights = {name: weight.cpu() for name, weight in self.policy.state_dict().items()}  # loads on any machine
+        torch.save({"about": about, "shape": self.shape, "weights": weights}, path + ".tmp")
         os.replace(path + ".tmp", path)
 
     def load(self, path: str | os.PathLike) -> dict:

@@ -171,7 +171,7 @@ class AtariEnv:
         tensor = torch.from_numpy(array)
         if self.device.type == "cuda":  # torch keeps the pinned copy until the upload, which nothing waits for, is done
             tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def evaluate(
         self,
@@ -204,6 +204,7 @@ class AtariEnv:
             for game, score in games._ended:
                 if np.isnan(scores[game]):  # a game that is over starts again and plays on, uncounted
                     scores[game] = score
+        games.finished_scores.clear()
         if record:
             self._replay = _replay(self.game, self.frame_skip, max_frames, games._seeds[0], played[:-1])
         return scores

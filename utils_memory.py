@@ -10,10 +10,12 @@ A transition may be sampled while its whole stack and its n-step window are ther
 `stack_size - 1` oldest rows, whose stacks the write head has begun to overwrite, and the `n_step` newest. It also
 leaves out the step after a game's end: its action was ignored and led to another game's first frame (age 0).
 
-Everything that changes from step to step is a tensor on the memory's device, and no method waits for the device.
+Everything that changes from step to step is a tensor on the memory's device. Where that is the learner's device no
+method waits for it; a memory in RAM beside a learner on a GPU waits for each row and for the TD errors.
 """
 
 import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,6 +24,11 @@ from sumtree import SumTree
 from utils_types import FRAME_SHAPE, Batch, Transition
 
 ROW_DTYPES = {"actions": torch.int64, "rewards": torch.float32, "terminals": torch.bool, "ages": torch.int64}
+CONTROL_GROUPS = [  # version 2 and 1: limit, usage, statistics, and the part of the usage that is reclaimable cache
+    [f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat")] + ["inactive_file"],
+    [f"/sys/fs/cgroup/memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")]
+    + ["total_inactive_file"],
+]
 TRIES = 4  # candidates per uniform draw; all four miss less than once in 10^8 draws, unless games last a few steps
 
 
@@ -67,8 +74,7 @@ class ReplayMemory:
 
         # One frame more than slots: the last stays black, for stacks that reach back before their game's first frame.
         pixels = self.frame_shape[0] * self.frame_shape[1]
-        pinned = self.device.type == "cpu" and self.learner_device.type == "cuda"
-        self._frames = torch.zeros(self.capacity + 1, pixels, dtype=torch.uint8, device=self.device, pin_memory=pinned)
+        self._frames = torch.zeros(self.capacity + 1, pixels, dtype=torch.uint8, device=self.device)
         self._ages = torch.zeros(self.capacity, dtype=torch.uint8, device=self.device)
         self._actions = torch.zeros(self.capacity, dtype=torch.uint8, device=self.device)
         self._rewards = torch.zeros(self.capacity, dtype=torch.float32, device=self.device)
@@ -185,9 +191,9 @@ class ReplayMemory:
     def _deliver(self, batch: Batch) -> Batch:
         if self.learner_device == self.device:
             return batch
-        if self.learner_device.type == "cuda":
-            batch = Batch(*(value.pin_memory() for value in batch))
-        return Batch(*(value.to(self.learner_device, non_blocking=True) for value in batch))
+        if self.learner_device.type == "cuda":  # pinned, so that the upload needs no wait
+            return Batch(*(value.pin_memory().to(self.learner_device, non_blocking=True) for value in batch))
+        return Batch(*(value.to(self.learner_device) for value in batch))
 
     def _check_sample(self, batch_size: int) -> None:
         if batch_size < 1:
@@ -282,22 +288,25 @@ class PrioritizedReplayMemory(ReplayMemory):
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now; for the CPU, what machine and control group leave available."""
+    """Bytes that can be allocated on `device` now; for the CPU, what the machine and its control group leave available.
+
+    On systems that do not say what is available, all the memory there is.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # not Linux
+        free = 1024 * int(_fields("/proc/meminfo")["MemAvailable:"])
+    except (OSError, KeyError):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    for limit, usage, statistics, cache in CONTROL_GROUPS:
         try:
-            with open(f"/sys/fs/cgroup/{limit}") as most, open(f"/sys/fs/cgroup/{used}") as now:
-                free = min(free, int(most.read()) - int(now.read()))
-        except (OSError, ValueError):  # no such control group, or no limit ("max")
+            used = int(Path(usage).read_text()) - int(_fields(statistics)[cache])  # a cache makes way
+            free = min(free, int(Path(limit).read_text()) - used)
+        except (OSError, KeyError, ValueError):  # no such control group, or no limit ("max")
             continue
     return free
+
+
+def _fields(path: str) -> dict[str, str]:
+    """The first two words of every line of a file, name and value."""
+    return dict(line.split()[:2] for line in Path(path).read_text().splitlines())

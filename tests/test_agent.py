@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import utils_drl
 from utils_drl import Agent
 from utils_types import Batch
 
@@ -311,6 +312,20 @@ def test_several_updates_at_once_equal_the_same_updates_one_by_one(case):
     assert len(at_once.updates) == 1
     assert torch.equal(at_once.updates[0][0], torch.cat([indices for indices, _ in one_by_one.updates]))
     close(at_once.updates[0][1], torch.cat([td_errors for _, td_errors in one_by_one.updates]))
+
+
+def test_many_updates_are_drawn_in_portions(monkeypatch):
+    monkeypatch.setattr(utils_drl, "LARGEST_DRAW", 3 * BATCH_SIZE + 1)
+    sizes = []
+
+    class Memory(FakeMemory):
+        def sample(self, batch_size, batches=1):
+            sizes.append(batches)
+            return super().sample(batch_size, batches)
+
+    memory = Memory([make_batch()])
+    make_agent().learn(memory, BATCH_SIZE, updates=7)
+    assert sizes == [3, 3, 1]
 
 
 def test_adam_defaults_are_those_of_the_classic_recipe():

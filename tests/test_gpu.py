@@ -123,6 +123,23 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, quantiles):
         assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-9), name
 
 
+@pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
+def test_neither_learning_nor_storing_waits_for_the_gpu(kind):
+    agent, memory = Agent(4, CUDA, double_dqn=True, dtype=torch.bfloat16), kind(600, 8, n_step=3, device=CUDA)
+    stored = [on(CUDA, row) for row in rows(100, 8)]
+    for row in stored[:50]:
+        memory.push(row)
+    agent.learn(memory, 32, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for row in stored[50:]:
+            memory.push(row)
+            agent.learn(memory, 32, 2)
+        agent.sync()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_states_and_rows_arrive_whole_on_the_gpu():
     here, there = AtariEnv("breakout", 4), AtariEnv("breakout", 4, CUDA)
     agent = Agent(4)

@@ -1,5 +1,6 @@
 """Whole runs in process with tiny constants, overrides from the command line, and every kind of bad input."""
 
+import os
 import re
 import subprocess
 import sys
@@ -315,7 +316,7 @@ BAD = [
     (["--GAME=joust"], "two players"),
     (["--GAME="], "GAME"),
     (["--WARM_STEPS=100_000"], "WARM_STEPS (100000) must be below MEM_SIZE"),
-    (["--BATCH_SIZE=60_000"], "BATCH_SIZE (60000)"),
+    (["--BATCH_SIZE=600", "--WARM_STEPS=500"], "BATCH_SIZE (600) must not be above WARM_STEPS (500)"),
     (["--N_STEP=0"], "N_STEP must be at least 1"),
     (["--NUM_ENVS=0"], "NUM_ENVS must be at least 1"),
     (["--POLICY_UPDATE=0"], "POLICY_UPDATE must be at least 1"),
@@ -335,6 +336,13 @@ BAD = [
     (["--EVALUATE_FREQ=3"], "EVALUATE_FREQ (3) must be at least NUM_ENVS"),
     (["--PRECISION=float8"], "PRECISION must be one of"),
     (["--DEVICE=tpu"], "DEVICE 'tpu'"),
+    (["--DEVICE=meta"], "DEVICE 'meta'"),
+    (["--QUANTILES=8000"], "QUANTILES must be at most 1000"),
+    (["--NUM_ENVS=20_000"], "NUM_ENVS must be at most 4096"),
+    (["--STACK_SIZE=290"], "STACK_SIZE must be at most 64"),
+    (["--FRAME_SKIP=100_000"], "FRAME_SKIP must be at most 60"),
+    (["--TARGET_UPDATE=31"], "TARGET_UPDATE (31) must be at least NUM_ENVS (32)"),
+    (["--SAVE_PREFIX=" + 300 * "x"], "cannot write to xxx"),
     (["--MEM_SIZE=1e12"], "7063000.00 GB on cpu"),
     (["--SAVE_PREFIX=/proc/nowhere"], "cannot write to /proc/nowhere"),
 ]
@@ -392,6 +400,23 @@ def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
         main.main()
     (run.directory / "kept.txt").rename(run.directory / "rewards.txt")
     assert {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()} == before
+
+
+def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "eval_003").mkdir()
+    with pytest.raises(utils_config.ConfigError, match="eval_003 is from an earlier run"):
+        utils_config.open_results("models")
+
+
+def test_a_run_too_short_to_learn_says_so(tiny_run, capsys):
+    tiny_run(MAX_STEPS=100)
+    assert "nothing will be learned: MAX_STEPS (100) ends before WARM_STEPS (100)" in capsys.readouterr().err
+
+
+def test_free_memory_is_between_nothing_and_what_the_machine_has():
+    free = utils_memory.free_bytes(torch.device("cpu"))
+    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def test_importing_main_starts_nothing_and_a_run_from_the_shell_prints_its_bar(tmp_path):
