@@ -6,6 +6,7 @@ iteration of the loop is NUM_ENVS steps. Every count below is in steps unless it
 
 import sys
 
+import torch
 from tqdm import tqdm
 
 import utils_config
@@ -50,6 +51,7 @@ SAVE_PREFIX: str = "./models"  # directory of the models
 
 # The machine
 DEVICE: str = "auto"  # cuda when there is one, else mps, else cpu
+THREADS: int = 0  # of the learner on a CPU, 0: one per core; set 1 where other programs need the cores too
 PRECISION: str = "auto"  # arithmetic of the networks: float32, bfloat16, or bfloat16 where the hardware is made for it
 
 
@@ -60,6 +62,7 @@ def main() -> None:
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
     models = utils_config.open_results(SAVE_PREFIX)
     utils_config.keep_freed_memory()
+    torch.set_num_threads(THREADS or utils_config.cores())
     print(sentence, file=sys.stderr)
     if MAX_STEPS <= WARM_STEPS:
         print(
@@ -96,14 +99,17 @@ def main() -> None:
     )
 
     def evaluate(number: int, step: int) -> None:
+        progress.set_postfix_str(f"evaluating {EVAL_EPISODES} games")
         scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
-        rewards.write(f"{number:3d} {step:8d} {scores.mean():.1f}\n")
-        rewards.flush()
+        with open("rewards.txt", "a") as rewards:
+            rewards.write(f"{number:3d} {step:8d} {scores.mean():.1f}\n")
+        progress.write(f"step {step:,}: mean score {scores.mean():.1f} of {EVAL_EPISODES} games", file=sys.stderr)
+        progress.unpause()  # the rate is that of training
         agent.save(models / f"model_{number:03d}", game=env.game, step=step, score=float(scores.mean()))
         if RENDER:
             env.save_recording(f"eval_{number:03d}")
 
-    with open("rewards.txt", "w") as rewards, tqdm(total=MAX_STEPS, unit=" steps") as progress:
+    with tqdm(total=MAX_STEPS, unit=" steps") as progress:
         evaluate(0, 0)
         states, row = env.reset(seed=[SEED, 0, 0])
         memory.push(row)
@@ -139,8 +145,8 @@ def show(progress: tqdm, agent: Agent, env: AtariEnv, loss) -> None:
     """Put epsilon, the last finished game's score and the last loss beside the bar."""
     del env.finished_scores[:-1]
     score = f"{env.finished_scores[0]:.0f}" if env.finished_scores else "-"
-    loss = "-" if loss is None else f"{float(loss):.4f}"
-    progress.set_postfix_str(f"epsilon {agent.epsilon:.3f}, score {score}, loss {loss}", refresh=False)
+    loss = f"warming up until {WARM_STEPS:,}" if loss is None else f"loss {float(loss):.4f}"
+    progress.set_postfix_str(f"epsilon {agent.epsilon:.3f}, score {score}, {loss}", refresh=False)
 
 
 if __name__ == "__main__":

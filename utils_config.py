@@ -41,7 +41,10 @@ def run(main: Callable[[], None], module: dict) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; rewards.txt and the models so far are kept", file=sys.stderr)
+        kept = (
+            "rewards.txt and the models so far are kept" if Path("rewards.txt").exists() else "nothing was written yet"
+        )
+        print(f"interrupted; {kept}", file=sys.stderr)
         return 130
     return 0
 
@@ -69,6 +72,8 @@ def constants(module: dict) -> dict[str, type]:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
+        if match := re.match(r"argument --(\w+): expected one argument", message):
+            raise ConfigError(f"{match[1]} needs a value: --{match[1]}=...")
         raise ConfigError(message)
 
     def parse_args(self, arguments):
@@ -152,6 +157,7 @@ def check(module: dict) -> None:
         need(0 <= getattr(c, name) <= 1, f"{name} must be from 0 to 1, not {getattr(c, name)}")
     for name in ("LEARNING_RATE", "ADAM_EPS"):
         need(0 < getattr(c, name) < float("inf"), f"{name} must be a positive number, not {getattr(c, name)}")
+    need(0 <= c.THREADS <= 1024, f"THREADS must be from 0 to 1024, not {c.THREADS}")
     need(0 <= c.SEED < 2**32, f"SEED must be from 0 to 2**32 - 1, not {c.SEED}")
     need(c.EPS_END <= c.EPS_START, f"EPS_END ({c.EPS_END}) must not be above EPS_START ({c.EPS_START})")
     need(
@@ -176,6 +182,11 @@ def check(module: dict) -> None:
         )
     need(c.PRECISION in DTYPES, f"PRECISION must be one of {', '.join(DTYPES)}, not {c.PRECISION!r}")
     choose_device(c.DEVICE)
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def choose_device(name: str) -> torch.device:
@@ -246,12 +257,15 @@ def open_results(save_prefix: str) -> Path:
     try:
         for old in (Path("rewards.txt"), *directory.glob("model_*"), *Path(".").glob("eval_*")):
             if old.exists():
-                raise ConfigError(f"{old} is from an earlier run; move it away, or start in another directory")
+                raise ConfigError(
+                    f"{old} is from an earlier run; move rewards.txt, {save_prefix} and eval_* away, "
+                    f"or start in another directory"
+                )
         directory.mkdir(parents=True, exist_ok=True)
         for place in (directory, Path(".")):
             probe = place / f".probe-{os.getpid()}"
             probe.touch()
             probe.unlink()
     except OSError as error:
-        raise ConfigError(f"cannot write to {error.filename}: {error.strerror}") from None
+        raise ConfigError(f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {save_prefix})") from None
     return directory

@@ -36,6 +36,8 @@ def normalize_game(name: str) -> str:
         return squeezed[plain]
     if plain in (game.replace("_", "") for game in TWO_PLAYERS_ONLY):
         raise ValueError(f"the game {name!r} needs two players")
+    if not plain:
+        raise ValueError("the name of the game is empty")
     nearest = difflib.get_close_matches(plain, squeezed, n=1, cutoff=0.0)[0]
     raise ValueError(f"there is no game {name!r}; the nearest is {squeezed[nearest]!r}")
 

@@ -32,7 +32,7 @@ from utils_env import AtariEnv
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition
 
-WINDOW = float(os.environ.get("WINDOW", 6.0))  # seconds of each measurement
+WINDOW = 6.0  # seconds of each measurement
 
 
 def bench() -> None:
@@ -173,7 +173,9 @@ def stable_baselines3() -> float:
 def memory_times(device: torch.device, slots: int) -> dict[str, float]:
     """Microseconds of one sample and one priority update in a memory of `slots`, without gathering for the update."""
     times = {}
+    memory = None
     for name, kind in (("uniform", ReplayMemory), ("prioritized", PrioritizedReplayMemory)):
+        del memory  # the next one may need its room
         memory = filled(kind, slots, device)
         times[f"sample_{name}"] = 1e6 / rate(lambda memory=memory: memory.sample(main.BATCH_SIZE), device, window=1.0)
     batch = memory.sample(main.BATCH_SIZE)

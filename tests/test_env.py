@@ -675,7 +675,7 @@ def test_the_name_of_a_rom_stays(rom):
         ("brekout", "'breakout'"),
         ("ALE/Seaqest-v5", "'seaquest'"),
         ("MsPackmanNoFrameskip-v4", "'ms_pacman'"),
-        ("", "nearest"),
+        ("", "empty"),
         ("???", "nearest"),
     ],
 )

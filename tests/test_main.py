@@ -29,6 +29,7 @@ TINY = {
     "EVAL_EPS": 1.0,  # random play ends games soon
     "PRECISION": "float32",
     "DEVICE": "cpu",
+    "THREADS": 1,  # small work gains nothing from a second one, and on a busy machine they wait for each other
 }
 
 
@@ -241,13 +242,33 @@ def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, name, va
 
 
 def test_every_constant_is_covered_by_these_tests():
-    tested = {name for name, *_ in EFFECTS} | {"RENDER", "SAVE_PREFIX", "DEVICE"}
+    tested = {name for name, *_ in EFFECTS} | {"RENDER", "SAVE_PREFIX", "DEVICE", "THREADS"}
     assert tested == set(utils_config.constants(vars(main)))
+
+
+def test_the_readme_names_every_constant_with_its_default():
+    table = re.findall(r"^\| (`[A-Z_`, ]+`) \| (.*?) \|", Path(main.__file__).with_name("README.md").read_text(), re.M)
+    told = {}
+    for names, defaults in table:
+        told.update(zip(re.findall(r"`(\w+)`", names), re.findall(r"`(.*?)`", defaults), strict=True))
+    assert {name: eval(text) for name, text in told.items()} == {
+        name: getattr(main, name) for name in utils_config.constants(vars(main))
+    }
 
 
 def test_the_models_go_where_save_prefix_says(tiny_run):
     run = tiny_run(SAVE_PREFIX="some/where", MAX_STEPS=8)
     assert (run.directory / "some" / "where" / "model_000").exists()
+
+
+def test_the_learner_has_as_many_threads_as_it_is_given(tiny_run):
+    try:
+        tiny_run(MAX_STEPS=8, THREADS=3)
+        assert torch.get_num_threads() == 3
+        tiny_run(MAX_STEPS=8, THREADS=0)
+        assert torch.get_num_threads() == utils_config.cores()
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
@@ -314,7 +335,9 @@ BAD = [
     (["--GAMMA=high"], "GAMMA must be a number"),
     (["--GAME=brekout"], "'breakout'"),
     (["--GAME=joust"], "two players"),
-    (["--GAME="], "GAME"),
+    (["--GAME="], "GAME: the name of the game is empty"),
+    (["--PRIORITIZED"], "PRIORITIZED needs a value: --PRIORITIZED=..."),
+    (["--THREADS=-1"], "THREADS must be from 0 to 1024"),
     (["--WARM_STEPS=100_000"], "WARM_STEPS (100000) must be below MEM_SIZE"),
     (["--BATCH_SIZE=600", "--WARM_STEPS=500"], "BATCH_SIZE (600) must not be above WARM_STEPS (500)"),
     (["--N_STEP=0"], "N_STEP must be at least 1"),
@@ -427,7 +450,7 @@ def test_importing_main_starts_nothing_and_a_run_from_the_shell_prints_its_bar(t
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "warning" not in done.stderr.lower()
-    for part in ("steps/s", "epsilon", "score", "loss", "GB free"):
+    for part in ("steps/s", "epsilon", "score", "loss", "GB free", "evaluating 1 games", "step 2,000: mean score"):
         assert part in done.stderr
     imported = subprocess.run(
         [sys.executable, "-c", "import main"],
