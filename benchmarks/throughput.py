@@ -10,7 +10,6 @@ same work (pip install -r benchmarks/requirements.txt): Breakout, an update of 3
 import argparse
 import contextlib
 import json
-import os
 import platform
 import resource
 import statistics
@@ -46,6 +45,8 @@ def bench() -> None:
     utils_config.override(constants, overrides)
     utils_config.check(constants)
     device = utils_config.choose_device(main.DEVICE)
+    torch.set_num_threads(main.THREADS or utils_config.cores())
+    utils_config.keep_freed_memory()
 
     parts = {
         "emulators": lambda: emulators(device),
@@ -131,8 +132,10 @@ class Stopwatch:
     def __exit__(self, *_):
         return None
 
-    def set_postfix_str(self, *_, **__) -> None:
-        """A bar's text; not needed."""
+    def ignore(self, *_, **__) -> None:
+        """What a bar shows is not needed."""
+
+    set_postfix_str = write = unpause = ignore
 
     def update(self, steps: int) -> None:
         """One iteration is over."""
@@ -283,7 +286,7 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
         "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": utils_config.cores(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
