@@ -32,15 +32,6 @@ CASES = [
 HALF = [case for case in CASES if case.values[0].prioritized == case.values[0].double_dqn]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The work is small: a second thread gains nothing, and waits long where other programs use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class FakeMemory:
     """Hands out the given batches in turn and keeps what the agent says about them."""
 

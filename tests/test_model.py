@@ -24,15 +24,6 @@ VARIANTS = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The work is small: a second thread gains nothing, and waits long where other programs use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_states(count, seed=0, channels=4):
     """Blocky random pictures: coarse enough that two of them give clearly different values."""
     blocks = torch.randint(0, 256, (count, channels, 7, 7), generator=torch.Generator().manual_seed(seed))
