@@ -51,7 +51,9 @@ SAVE_PREFIX: str = "./models"  # directory of the models
 
 # The machine
 DEVICE: str = "auto"  # cuda when there is one, else mps, else cpu
-THREADS: int = 0  # of the learner on a CPU, 0: one per core; set 1 where other programs need the cores too
+THREADS: int = (
+    0  # of the learner on a CPU, 0: torch's choice, one per core; set 1 where other programs need the cores too
+)
 PRECISION: str = "auto"  # arithmetic of the networks: float32, bfloat16, or bfloat16 where the hardware is made for it
 
 
@@ -62,7 +64,8 @@ def main() -> None:
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
     models = utils_config.open_results(SAVE_PREFIX)
     utils_config.keep_freed_memory()
-    torch.set_num_threads(THREADS or utils_config.cores())
+    if THREADS:
+        torch.set_num_threads(THREADS)
     print(sentence, file=sys.stderr)
     if MAX_STEPS <= WARM_STEPS:
         print(

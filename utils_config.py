@@ -184,11 +184,6 @@ def check(module: dict) -> None:
     choose_device(c.DEVICE)
 
 
-def cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def choose_device(name: str) -> torch.device:
     """The device `name`, or for "auto" CUDA when there is one, else MPS, else the CPU. Raises ConfigError."""
     if name == "auto":

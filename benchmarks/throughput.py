@@ -10,6 +10,7 @@ same work (pip install -r benchmarks/requirements.txt): Breakout, an update of 3
 import argparse
 import contextlib
 import json
+import os
 import platform
 import resource
 import statistics
@@ -45,7 +46,8 @@ def bench() -> None:
     utils_config.override(constants, overrides)
     utils_config.check(constants)
     device = utils_config.choose_device(main.DEVICE)
-    torch.set_num_threads(main.THREADS or utils_config.cores())
+    if main.THREADS:
+        torch.set_num_threads(main.THREADS)
     utils_config.keep_freed_memory()
 
     parts = {
@@ -286,7 +288,7 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
         "cpu": model,
-        "cores": utils_config.cores(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
