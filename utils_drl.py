@@ -1,7 +1,10 @@
 """Agent: epsilon-greedy actions and temporal-difference updates of a policy network against a target network."""
 
 import os
+import sys
 import zipfile
+from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,9 +21,13 @@ def td_targets(batch: Batch, next_target: Tensor, next_choice: Tensor) -> Tensor
     Both are values [B, A, q] of the next states: of the target network, and of the network that chooses the action,
     which is the target network again or, in Double DQN (van Hasselt et al. 2016), the policy network.
     """
-    best = next_choice.mean(2).argmax(1)
-    values = next_target[torch.arange(len(best), device=best.device), best]
+    values = values_of(next_choice.mean(2).argmax(1), next_target)
     return batch.returns[:, None] + batch.discounts[:, None] * values
+
+
+def values_of(actions: Tensor, values: Tensor) -> Tensor:
+    """The values [B, q] of the `actions` [B] among the `values` [B, A, q]."""
+    return values.gather(1, actions[:, None, None].expand(-1, 1, values.shape[2])).squeeze(1)
 
 
 def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
@@ -36,6 +43,63 @@ def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
     return (slope * F.smooth_l1_loss(error, zero, reduction="none")).mean(2).sum(1)
 
 
+class CudaGraph:
+    """A function without arguments, recorded as a CUDA graph: one launch instead of hundreds.
+
+    The first calls run it as it is, and so settle whatever libraries choose or allocate at first. The next one records
+    it, and from then on calls replay the record. It must not wait for the device, and every tensor that it reads or
+    writes must stay where it is; what it returns is overwritten by the next call. `generators` are those it draws from.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, function: Callable[[], Tensor], generators: Iterable[torch.Generator] = ()):
+        self._function, self._generators = function, tuple(generators)
+        self._stream = (
+            torch.cuda.Stream()
+        )  # recording needs another stream than the default one, and so does warming up
+        self._calls, self._graph = 0, None
+
+    def __call__(self) -> Tensor:
+        if self._graph is None and self._calls < self.WARM_UP:
+            self._calls += 1
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                result = self._function()
+            current.wait_stream(self._stream)
+            result.record_stream(current)
+            return result
+        if self._graph is None:
+            graph = torch.cuda.CUDAGraph()
+            for generator in self._generators:
+                graph.register_generator_state(generator)
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._result = self._function()
+            self._graph = graph
+        self._graph.replay()
+        return self._result
+
+
+def flatten(network: DQN) -> tuple[torch.nn.Parameter, list[Tensor]]:
+    """Move the parameters of `network` into one flat parameter, so that Adam and the clamp are one operation each.
+
+    Returns it, with a gradient of zeros, and that gradient's parts, in the shapes and memory layouts of the parameters
+    and as their `grad`.
+    """
+    parameters = list(network.parameters())
+    flat = torch.nn.Parameter(parameters[0].new_empty(sum(parameter.numel() for parameter in parameters)))
+    flat.grad = torch.zeros_like(flat)
+    offset = 0
+    for parameter in parameters:
+        part, gradient = (
+            values.detach().as_strided(parameter.shape, parameter.stride(), offset) for values in (flat, flat.grad)
+        )
+        parameter.data, parameter.grad = part.copy_(parameter.detach()), gradient
+        offset += parameter.numel()
+    return flat, [parameter.grad for parameter in parameters]
+
+
 LARGEST_DRAW = 1024  # transitions that are drawn at once, 58 MB of frames
 
 
@@ -43,7 +107,13 @@ class Agent:
     """A DQN agent.
 
     `epsilon` falls linearly from `eps_start` to `eps_end` over the first `eps_decay` steps acted while training.
-    `dtype` is the arithmetic of the networks' bodies: float32, bfloat16, or float64 for the whole agent.
+
+    `dtype` is the arithmetic of the networks' bodies: float32, bfloat16, or float64 for the whole agent. With bfloat16
+    `policy` and `target` keep their parameters in float32, and a network of rounded copies computes for both; what
+    Adam adds to a weight would often be lost in the rounding.
+
+    With `graphs`, acting and learning are CUDA graphs where the device is a GPU and the memory is on it; the numbers
+    are those of the plain path. A tensor returned by `learn` is then valid until the next call.
     """
 
     def __init__(
@@ -61,22 +131,30 @@ class Agent:
         dueling: bool = False,
         quantiles: int = 1,
         dtype: torch.dtype = torch.float32,
+        graphs: bool = True,
         seed: int = 0,
     ):
         self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
+        exact = torch.float64 if dtype == torch.float64 else torch.float32
         with torch.random.fork_rng(devices=[]):  # torch's own stream stays as it was
             torch.manual_seed(seed)
-            self.policy, self.target = DQN(**self.shape, dtype=dtype), DQN(**self.shape, dtype=dtype)
-        for network in (self.policy, self.target):
-            network.to(self.device, torch.float64 if dtype == torch.float64 else torch.float32)
+            self.policy, self.target = (DQN(**self.shape, dtype=exact).to(self.device) for _ in range(2))
         self.target.requires_grad_(False)
+        self._rounded = None if dtype == exact else DQN(**self.shape, dtype=dtype).to(self.device)
+        self._weights, self._gradients = flatten(self.policy)
         self.sync()
-        self._parameters = list(self.policy.parameters())
         self._optimizer = torch.optim.Adam(
-            self._parameters, lr=learning_rate, eps=adam_eps, fused=self.device.type != "mps"
+            [self._weights],
+            lr=learning_rate,
+            eps=adam_eps,
+            fused=self.device.type != "mps",
+            capturable=self.device.type == "cuda",
         )
+        self._use_graphs = graphs and self.device.type == "cuda"
+        self._graphs: dict[Hashable, CudaGraph] = {}
+        self._acting: dict[int, Tensor] = {}  # by the number of states, where the graph looks for them
         self._rng = np.random.default_rng(seed)
         self._trained_steps = 0
 
@@ -108,9 +186,17 @@ class Agent:
             self._trained_steps += len(states)
         return actions
 
-    @torch.no_grad()
     def _greedy(self, states: Tensor) -> Tensor:
-        return self.policy(states).mean(2).argmax(1)
+        if not self._use_graphs:
+            return self._best(states)
+        if len(states) not in self._acting:
+            self._acting[len(states)] = torch.empty_like(states)
+        fixed = self._acting[len(states)].copy_(states)
+        return self._graphed(len(states), partial(self._best, fixed))
+
+    @torch.no_grad()
+    def _best(self, states: Tensor) -> Tensor:
+        return self._network(self.policy)(states).mean(2).argmax(1)
 
     def learn(self, memory, batch_size: int, updates: int = 1) -> Tensor:
         """`updates` updates, each from its own `batch_size` transitions, whose priorities then follow the TD errors.
@@ -120,34 +206,60 @@ class Agent:
         """
         most = max(LARGEST_DRAW // batch_size, 1)
         for done in range(0, updates, most):
-            loss = self._learn(memory, batch_size, min(most, updates - done))
+            part = min(most, updates - done)
+            if self._use_graphs and memory.device.type == "cuda":
+                key = memory, batch_size, part
+                loss = self._graphed(key, partial(self._learn, *key), [memory.generator])
+            else:
+                loss = self._learn(memory, batch_size, part)
         return loss
+
+    def _graphed(self, key: Hashable, function: Callable[[], Tensor], generators=()) -> Tensor:
+        """Call `function` by its graph; where recording fails, say so once and go on without graphs."""
+        if key not in self._graphs:
+            self._graphs[key] = CudaGraph(function, generators)
+        try:
+            return self._graphs[key]()
+        except RuntimeError as error:
+            if not self._use_graphs:
+                raise
+            reason = str(error).strip().splitlines()[0]
+            print(f"CUDA graphs do not work here, going on without them, slower: {reason}", file=sys.stderr)
+            self._use_graphs = False
+            return function()
 
     def _learn(self, memory, batch_size: int, updates: int) -> Tensor:
         batch = memory.sample(batch_size, updates)
         with torch.no_grad():
-            next_values = self.target(batch.next_states)
+            next_values = self._network(self.target)(batch.next_states)
         td_errors = []
         for part in zip(*(values.split(batch_size) for values in (*batch, next_values)), strict=True):
-            loss, errors = self._loss(Batch(*part[:-1]), part[-1])
+            loss, errors = self._update(Batch(*part[:-1]), part[-1])
             td_errors.append(errors)
-            self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            for parameter in self._parameters:
-                parameter.grad.clamp_(-1, 1)
-            self._optimizer.step()
         memory.update_priorities(batch.indices, torch.cat(td_errors))
-        return loss.detach()
+        return loss
 
-    def _loss(self, batch: Batch, next_values: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss and the unweighted TD errors [B] of the mean values, given the target network's `next_values`."""
+    def _update(self, batch: Batch, next_values: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of Adam, given the target network's `next_values`; the loss and the unweighted TD errors [B]."""
+        network = self._network(self.policy)
         with torch.no_grad():
-            choice = self.policy(batch.next_states) if self.double_dqn else next_values
+            choice = network(batch.next_states) if self.double_dqn else next_values
             targets = td_targets(batch, next_values, choice)
-        rows = torch.arange(len(batch.actions), device=self.device)
-        values = self.policy(batch.states)[rows, batch.actions]
+        values = values_of(batch.actions, network(batch.states))
         loss = (batch.weights * quantile_loss(values, targets)).mean()
-        return loss, values.detach().mean(1) - targets.mean(1)
+        gradients = torch.autograd.grad(loss, list(network.parameters()))
+        torch._foreach_copy_(self._gradients, gradients)
+        self._weights.grad.clamp_(-1, 1)
+        self._optimizer.step()
+        return loss.detach(), values.detach().mean(1) - targets.mean(1)
+
+    def _network(self, network: DQN) -> DQN:
+        """The one that computes for `network`: itself, or the rounded one with a fresh copy of its parameters."""
+        if self._rounded is None:
+            return network
+        with torch.no_grad():
+            torch._foreach_copy_(list(self._rounded.parameters()), list(network.parameters()))
+        return self._rounded
 
     def sync(self) -> None:
         """Copy the policy network into the target network."""

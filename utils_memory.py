@@ -84,7 +84,7 @@ class ReplayMemory:
         self._count = torch.zeros(
             (), dtype=torch.int64, device=self.device
         )  # the same number where the device reads it
-        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
         self._row = torch.arange(num_envs, device=self.device)
         self._ahead = torch.arange(n_step, device=self.device) * num_envs
         self._back = torch.arange(stack_size - 1, -1, -1, device=self.device)
@@ -127,7 +127,7 @@ class ReplayMemory:
         self._check_sample(batch_size)
         first, last = self._window()
         draws = torch.rand(
-            TRIES, batches * batch_size, dtype=torch.float64, generator=self._generator, device=self.device
+            TRIES, batches * batch_size, dtype=torch.float64, generator=self.generator, device=self.device
         )
         candidates = first + (draws * (last - first)).long()
         found = self._is_transition(candidates)
@@ -251,7 +251,7 @@ class PrioritizedReplayMemory(ReplayMemory):
         many at once costs hardly more than drawing one.
         """
         self._check_sample(batch_size)
-        slots, probabilities = self._tree.sample(batches * batch_size, self._generator)
+        slots, probabilities = self._tree.sample(batches * batch_size, self.generator)
         slots, probabilities = (dealt.view(batch_size, batches).t() for dealt in (slots, probabilities))
         weights = (probabilities / probabilities.amin(1, keepdim=True)) ** -self._beta()
         slots, weights = slots.flatten(), weights.flatten()

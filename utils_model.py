@@ -11,9 +11,8 @@ from utils_types import FRAME_SHAPE
 class DQN(nn.Module):
     """Three convolutions without bias, one hidden layer, and `quantiles` values for each action.
 
-    `dtype` is the arithmetic of the convolutions and the hidden layer; the parameters and the output layer keep the
-    precision they are stored in, float32 unless the module was converted. Pixels 0..255 are exact in bfloat16, so the
-    scaling by 1/255 is folded into the first convolution's weights.
+    `dtype` is the arithmetic of the convolutions and the hidden layer, and their parameters are stored in it; the
+    output layer is float32, or float64 when `dtype` is. The weights of the convolutions lie channels last in memory.
     """
 
     def __init__(
@@ -26,7 +25,7 @@ class DQN(nn.Module):
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.action_dim, self.quantiles, self.dtype = action_dim, quantiles, dtype
+        self.action_dim, self.quantiles, self.dueling = action_dim, quantiles, dueling
         self.conv1 = nn.Conv2d(stack_size, 32, kernel_size=8, stride=4, bias=False)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=4, stride=2, bias=False)
         self.conv3 = nn.Conv2d(64, 64, kernel_size=3, stride=1, bias=False)
@@ -36,18 +35,20 @@ class DQN(nn.Module):
         if dueling:
             self.value_hidden = nn.Linear(64 * side * side, 512)
             self.value_output = nn.Linear(512, quantiles)
-        self.dueling = dueling
-        for layer in self.children():
+        for name, layer in self.named_children():
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+            exact = name.endswith("output") and dtype == torch.bfloat16
+            layer.to(dtype=torch.float32 if exact else dtype, memory_format=torch.channels_last)
 
     def forward(self, states: Tensor) -> Tensor:
         """Values [B, action_dim, quantiles] of uint8 `states` [B, S, 84, 84]."""
-        cast = self.dtype
-        x = F.relu(F.conv2d(states.to(cast), (self.conv1.weight / 255).to(cast), stride=4))
-        x = F.relu(F.conv2d(x, self.conv2.weight.to(cast), stride=2))
-        x = F.relu(F.conv2d(x, self.conv3.weight.to(cast))).flatten(1)
+        x = states.to(self.conv1.weight.dtype)  # 0..255 are exact in bfloat16
+        for convolution in (self.conv1, self.conv2, self.conv3):
+            x = F.relu(convolution(x))
+        # Without biases the scale of the pixels passes through to here, where there is the least to multiply.
+        x = (x / 255).flatten(1)
         values = self._head(x, self.hidden, self.output).unflatten(1, (self.action_dim, self.quantiles))
         if self.dueling:
             state_value = self._head(x, self.value_hidden, self.value_output).unsqueeze(1)
@@ -55,5 +56,4 @@ class DQN(nn.Module):
         return values
 
     def _head(self, x: Tensor, hidden: nn.Linear, output: nn.Linear) -> Tensor:
-        x = F.relu(F.linear(x, hidden.weight.to(x.dtype), hidden.bias.to(x.dtype)))
-        return output(x.to(output.weight.dtype))
+        return output(F.relu(hidden(x)).to(output.weight.dtype))

@@ -225,10 +225,11 @@ def test_states_of_any_memory_layout_give_the_same_values_and_stay_unchanged():
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_bfloat16_body_stays_near_float32_and_keeps_float32_outside(options):
+def test_bfloat16_body_stays_near_float32_and_keeps_a_float32_output(options):
     exact = make(dtype=torch.float32, **options)
     model = make(dtype=torch.bfloat16, **options)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if "output" in name else torch.bfloat16), name
     with torch.no_grad():
         values, expected = model(make_states(16)), exact(make_states(16))
     assert values.dtype == torch.float32
@@ -253,8 +254,9 @@ def test_bfloat16_gradients_are_off_by_no_more_than_the_rounding_of_each_layer(o
     reference = gradients(model, forward(parameters, states, options["quantiles"], Bfloat16.apply))
     model = make(dtype=torch.bfloat16, **options)
     for name, gradient in gradients(model, model(states)).items():
-        assert gradient.dtype == torch.float32, name
-        error, allowed = ((g[name] - exact[name]).norm() / exact[name].norm() for g in ({name: gradient}, reference))
+        error, allowed = (
+            (g[name].float() - exact[name]).norm() / exact[name].norm() for g in ({name: gradient}, reference)
+        )
         assert allowed < 0.07, name
         assert error < 1.5 * allowed + 2**-10, (name, error.item(), allowed.item())
 
