@@ -6,7 +6,6 @@ iteration of the loop is NUM_ENVS steps. Every count below is in steps unless it
 
 import sys
 
-import torch
 from tqdm import tqdm
 
 import utils_config
@@ -51,10 +50,9 @@ SAVE_PREFIX: str = "./models"  # directory of the models
 
 # The machine
 DEVICE: str = "auto"  # cuda when there is one, else mps, else cpu
-THREADS: int = (
-    0  # of the learner on a CPU, 0: torch's choice, one per core; set 1 where other programs need the cores too
-)
+THREADS: int = 0  # of the learner on a CPU; 0: torch's choice, one per core; 1 where other programs need the cores too
 PRECISION: str = "auto"  # arithmetic of the networks: float32, bfloat16, or bfloat16 where the hardware is made for it
+CUDA_GRAPHS: bool = True  # on a GPU: record acting and learning once and replay them; False is the plain path
 
 
 def main() -> None:
@@ -63,9 +61,7 @@ def main() -> None:
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
     models = utils_config.open_results(SAVE_PREFIX)
-    utils_config.keep_freed_memory()
-    if THREADS:
-        torch.set_num_threads(THREADS)
+    dtype = utils_config.prepare(device, PRECISION, THREADS)
     print(sentence, file=sys.stderr)
     if MAX_STEPS <= WARM_STEPS:
         print(
@@ -85,7 +81,8 @@ def main() -> None:
         double_dqn=DOUBLE_DQN,
         dueling=DUELING,
         quantiles=QUANTILES,
-        dtype=utils_config.choose_dtype(PRECISION, device),
+        dtype=dtype,
+        graphs=CUDA_GRAPHS,
         seed=SEED,
     )
     priorities = {"alpha": ALPHA, "beta_start": BETA_START, "beta_steps": MAX_STEPS} if PRIORITIZED else {}

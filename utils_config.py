@@ -216,6 +216,19 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
+    """Set up the process for training on `device` with `threads` threads, and return the arithmetic `precision`."""
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    dtype = choose_dtype(precision, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # the shapes never change, so the fastest algorithms are worth a search
+        if precision == "float32":  # the reference: by default convolutions round their factors to TF32's 10 bits
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+    return dtype
+
+
 def choose_storage(
     device: torch.device, memory: type[ReplayMemory], mem_size: int, num_envs: int
 ) -> tuple[torch.device, str]:

@@ -46,9 +46,7 @@ def bench() -> None:
     utils_config.override(constants, overrides)
     utils_config.check(constants)
     device = utils_config.choose_device(main.DEVICE)
-    if main.THREADS:
-        torch.set_num_threads(main.THREADS)
-    utils_config.keep_freed_memory()
+    utils_config.prepare(device, main.PRECISION, main.THREADS)
 
     parts = {
         "emulators": lambda: emulators(device),
@@ -220,6 +218,7 @@ def make_agent(device: torch.device) -> Agent:
         dueling=main.DUELING,
         quantiles=main.QUANTILES,
         dtype=utils_config.choose_dtype(main.PRECISION, device),
+        graphs=main.CUDA_GRAPHS,
     )
 
 

@@ -417,6 +417,21 @@ def test_bfloat16_learning_step_stays_near_the_equations_with_float32_parameters
         assert (gradient - expected).norm() < 0.1 * expected.norm(), name
 
 
+def test_a_thousand_bfloat16_updates_stay_with_those_in_float32():
+    """On the values that the batches teach; those of other actions drift, as they do after any other tiny change."""
+    batches = [make_batch(seed, prioritized=False) for seed in range(6)]
+    everything = FakeMemory(batches).sample(BATCH_SIZE, 6)
+    values = []
+    for dtype in (torch.float32, torch.bfloat16):
+        agent, memory = make_agent(dtype=dtype), FakeMemory(batches)
+        before = agent.policy(everything.states)
+        for _ in range(125):
+            agent.learn(memory, BATCH_SIZE, updates=8)
+        values.append(utils_drl.values_of(everything.actions, agent.policy(everything.states)))
+    moved = (values[0] - utils_drl.values_of(everything.actions, before)).norm()
+    assert (values[1] - values[0]).norm() < 0.05 * moved
+
+
 def test_learning_lowers_the_loss_of_a_batch_it_sees_again():
     agent, memory = make_agent(dtype=torch.float32, learning_rate=1e-3), FakeMemory([make_batch(prioritized=False)])
     losses = [agent.learn(memory, BATCH_SIZE).item() for _ in range(25)]

@@ -1,11 +1,12 @@
-"""The same numbers on a CUDA GPU as on the CPU. Run with: python -m pytest -m gpu"""
+"""The same numbers on a CUDA GPU as on the CPU, and by CUDA graphs as without. Run with: python -m pytest -m gpu"""
 
+import numpy as np
 import pytest
 import torch
 
 import main
 from sumtree import SumTree
-from utils_drl import Agent
+from utils_drl import Agent, CudaGraph
 from utils_env import AtariEnv
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Batch, Transition
@@ -99,6 +100,8 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, quantiles):
     class Memory:
         """Hands out the one batch."""
 
+        device, generator = CUDA, torch.Generator(CUDA)
+
         def __init__(self, device):
             self.batch = on(device, batch)
 
@@ -111,10 +114,10 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, quantiles):
             self.td_errors = td_errors.cpu()
 
     errors, weights = [], []
-    for device in ("cpu", CUDA):
+    for device in ("cpu", CUDA):  # on the GPU the last updates are replays of a graph
         agent = Agent(4, device, dueling=dueling, quantiles=quantiles, double_dqn=True, dtype=torch.float64)
         memory = Memory(device)
-        for _ in range(5):
+        for _ in range(CudaGraph.WARM_UP + 4):
             agent.learn(memory, 32)
         errors.append(memory.td_errors)
         weights.append({name: value.cpu() for name, value in agent.policy.state_dict().items()})
@@ -123,13 +126,83 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, quantiles):
         assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-9), name
 
 
+def trained(graphs, dtype, kind=PrioritizedReplayMemory, updates=(8,) * 125):
+    """An agent after learning `updates` at a time from a memory of noise, what it drew, and the losses."""
+    agent = Agent(4, CUDA, double_dqn=True, dtype=dtype, graphs=graphs)
+    memory = kind(600, 8, n_step=3, device=CUDA)
+    drawn, losses = [], []
+    for number, row in enumerate(rows(60 + len(updates), 8)):
+        memory.push(on(CUDA, row))
+        if number >= 60:
+            losses.append(agent.learn(memory, 32, updates[number - 60]).clone())
+            drawn.append(memory.sample(1).indices)
+    return agent, torch.cat(drawn).cpu(), torch.stack(losses).cpu()
+
+
 @pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
-def test_neither_learning_nor_storing_waits_for_the_gpu(kind):
-    agent, memory = Agent(4, CUDA, double_dqn=True, dtype=torch.bfloat16), kind(600, 8, n_step=3, device=CUDA)
+def test_graphs_learn_what_the_plain_path_learns(kind):
+    """From the same draws: what a graph draws from is the memory's generator and its tree of the moment."""
+    updates = [2, 3] * 12  # two graphs take turns
+    (plain, its_draws, its_losses), (fast, draws, losses) = (
+        trained(graphs, torch.float32, kind, updates) for graphs in (False, True)
+    )
+    assert torch.equal(draws, its_draws)
+    assert torch.allclose(losses, its_losses, rtol=1e-3, atol=1e-5)
+    for mine, its in zip(fast.policy.parameters(), plain.policy.parameters(), strict=True):
+        assert torch.allclose(mine, its, rtol=0, atol=1e-4)
+
+
+def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32():
+    (plain, _, its_losses), (fast, _, losses) = (
+        trained(graphs, dtype, ReplayMemory) for graphs, dtype in ((False, torch.float32), (True, torch.bfloat16))
+    )
+    assert (losses - its_losses).abs().mean() < 0.1 * its_losses.mean()
+    states = torch.stack([row.frames for row in rows(32, 4, seed=9)]).to(CUDA)
+    with torch.no_grad():
+        mine, its = fast.policy(states), plain.policy(states)
+    assert (mine - its).norm() < 0.1 * its.norm()
+
+
+def test_graphs_choose_the_actions_of_the_plain_path_also_after_learning():
+    plain, fast = (Agent(4, CUDA, dtype=torch.bfloat16, graphs=graphs) for graphs in (False, True))
+    memories = [ReplayMemory(600, 8, device=CUDA) for _ in range(2)]
+    states = [torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8, device=CUDA) for n in (32, 10)]
+    for number, row in enumerate(rows(100, 8)):
+        for agent, memory in zip((plain, fast), memories, strict=True):
+            memory.push(on(CUDA, row))
+            if number > 50:
+                agent.learn(memory, 32)
+        if number % 10 == 9:
+            fast.policy.load_state_dict(plain.policy.state_dict())
+            for some in states:
+                assert np.array_equal(*(agent.run(some, epsilon=0.0) for agent in (plain, fast)))
+
+
+def test_where_recording_fails_learning_goes_on_without_graphs(capsys):
+    class Waiting(ReplayMemory):
+        """Waits for the device in every draw, which no graph can."""
+
+        def sample(self, batch_size, batches=1):
+            """Draw, and look."""
+            batch = super().sample(batch_size, batches)
+            batch.indices.max().item()
+            return batch
+
+    agent, _, losses = trained(True, torch.float32, Waiting, [1] * (CudaGraph.WARM_UP + 5))
+    assert losses.isfinite().all()
+    assert capsys.readouterr().err.count("CUDA graphs do not work here") == 1
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
+def test_neither_learning_nor_storing_waits_for_the_gpu(kind, graphs):
+    agent = Agent(4, CUDA, double_dqn=True, dtype=torch.bfloat16, graphs=graphs)
+    memory = kind(600, 8, n_step=3, device=CUDA)
     stored = [on(CUDA, row) for row in rows(100, 8)]
     for row in stored[:50]:
         memory.push(row)
-    agent.learn(memory, 32, 2)
+    for _ in range(CudaGraph.WARM_UP + 1 if graphs else 1):  # recording waits, and so may the first of anything
+        agent.learn(memory, 32, 2)
     torch.cuda.set_sync_debug_mode("error")
     try:
         for row in stored[50:]:
@@ -152,10 +225,12 @@ def test_states_and_rows_arrive_whole_on_the_gpu():
         mine, its = here.step(actions), there.step(actions)
 
 
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_a_whole_run_on_the_gpu_writes_its_results(monkeypatch, tmp_path, prioritized):
+def test_a_whole_run_on_the_gpu_writes_its_results(monkeypatch, tmp_path, prioritized, graphs):
     constants = {
         "PRIORITIZED": prioritized,
+        "CUDA_GRAPHS": graphs,
         "MAX_STEPS": 4_000,
         "WARM_STEPS": 1_000,
         "MEM_SIZE": 3_000,

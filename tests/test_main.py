@@ -166,6 +166,7 @@ ARGUMENTS = [
     ("PRIORITIZED", True, "alpha"),
     ("ALPHA", 0.9, "alpha"),
     ("BETA_START", 0.9, "beta_start"),
+    ("CUDA_GRAPHS", False, "graphs"),
 ]
 # constant, another value: the run's rows or weights must differ from those of a plain prioritized run
 EFFECTS = [
@@ -242,7 +243,7 @@ def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, name, va
 
 
 def test_every_constant_is_covered_by_these_tests():
-    tested = {name for name, *_ in EFFECTS} | {"RENDER", "SAVE_PREFIX", "DEVICE", "THREADS"}
+    tested = {name for name, *_ in EFFECTS} | {"RENDER", "SAVE_PREFIX", "DEVICE", "THREADS", "CUDA_GRAPHS"}
     assert tested == set(utils_config.constants(vars(main)))
 
 

@@ -481,3 +481,25 @@ def test_an_empty_tree_is_not_searched_or_drawn():
 def test_a_batch_size_below_one_is_refused(batch_size):
     with pytest.raises(ValueError, match=str(batch_size)):
         tree_of([1, 2]).sample(batch_size)
+
+
+# ---- the other way to find leaves
+
+
+@pytest.mark.parametrize("capacity", CAPACITIES)
+def test_scanning_finds_the_same_leaves_as_descending(capacity):
+    rng = np.random.default_rng(capacity)
+    descending, scanning = SumTree(capacity, scan=False), SumTree(capacity, scan=True)
+    naive = NaiveTree(capacity)
+    priorities = random_priorities(rng, capacity)
+    priorities[rng.integers(capacity)] = 0.5
+    write(scanning, naive, np.arange(capacity), priorities)
+    descending.update(torch.arange(capacity), torch.as_tensor(priorities, dtype=torch.float64))
+    sums = naive.prefix_sums()
+    masses = np.unique(np.concatenate([sums[:-1], sums[1:] - 1]))
+    masses = masses[(masses >= 0) & (masses < sums[-1])]
+    found = scanning.find(torch.as_tensor(masses, dtype=torch.float64) * UNIT)
+    assert np.array_equal(found, naive.find(masses))
+    draws = [tree.sample(999, torch.Generator().manual_seed(capacity)) for tree in (descending, scanning)]
+    assert torch.equal(draws[0][0], draws[1][0])
+    assert torch.equal(draws[0][1], draws[1][1])
