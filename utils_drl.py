@@ -71,14 +71,24 @@ class CudaGraph:
             result.record_stream(current)
             return result
         if self._graph is None:
-            graph = torch.cuda.CUDAGraph()
-            for generator in self._generators:
-                graph.register_generator_state(generator)
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._result = self._function()
-            self._graph = graph
+            self._record()
         self._graph.replay()
         return self._result
+
+    def _record(self) -> None:
+        graph, states = torch.cuda.CUDAGraph(), [generator.get_state() for generator in self._generators]
+        for generator in self._generators:
+            graph.register_generator_state(generator)
+        try:
+            with torch.cuda.graph(graph, stream=self._stream):
+                self._result = self._function()
+        except RuntimeError:
+            for generator, state in zip(self._generators, states, strict=True):  # they still believe in the recording
+                fresh = torch.Generator(generator.device)
+                fresh.set_state(state)
+                generator.graphsafe_set_state(fresh.graphsafe_get_state())
+            raise
+        self._graph = graph
 
 
 def flatten(network: DQN) -> tuple[torch.nn.Parameter, list[Tensor]]:

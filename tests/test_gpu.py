@@ -188,7 +188,7 @@ def test_where_recording_fails_learning_goes_on_without_graphs(capsys):
             batch.indices.max().item()
             return batch
 
-    agent, _, losses = trained(True, torch.float32, Waiting, [1] * (CudaGraph.WARM_UP + 5))
+    _, _, losses = trained(True, torch.float32, Waiting, [1] * (CudaGraph.WARM_UP + 5))
     assert losses.isfinite().all()
     assert capsys.readouterr().err.count("CUDA graphs do not work here") == 1
 
