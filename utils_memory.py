@@ -291,11 +291,12 @@ class PrioritizedReplayMemory(ReplayMemory):
     def update_priorities(self, indices: Tensor, td_errors: Tensor) -> None:
         """Set the priorities of `indices` [B] from unweighted TD errors [B].
 
-        An index that has left the memory, or is not sampleable for another reason, changes nothing.
+        An index that has left the memory, or is not sampleable for another reason, changes nothing. An error that is
+        not a number counts as the largest: that training has diverged is for others to see, the tree must stay whole.
         """
         indices, td_errors = indices.to(self.device), td_errors.to(self.device)
         alive = self.priorities(indices) > 0
-        priorities = (td_errors.double().abs().clamp_max(1.0) + 0.01) ** self.alpha
+        priorities = (td_errors.double().nan_to_num(1.0).abs().clamp_max(1.0) + 0.01) ** self.alpha
         # Dead indices are pointed at the newest row, which always waits for its window with priority 0.
         newest = (self._count - 1) * self.num_envs
         self._tree.update(torch.where(alive, indices, newest) % self.capacity, torch.where(alive, priorities, 0.0))
