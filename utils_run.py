@@ -27,6 +27,7 @@ from utils_drl import write_whole
 
 RECORD, REWARDS = Path("run.json"), Path("rewards.txt")
 FREE = ("THREADS", "RENDER")  # constants that may change when a run goes on; the first changes rounding
+ELSEWHERE = f"start in another directory, or move {RECORD}, {REWARDS}, eval_* and what is in SAVE_PREFIX away"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -82,10 +83,9 @@ class Run:
         self._abort = False  # whether a signal may end what is going on
 
     def resume(self, agent, memory) -> int:
-        """Bring both to the state of the newest good checkpoint, and rewards.txt too; return its step, or 0.
+        """Bring both, and rewards.txt, to the newest good checkpoint; return its step, or 0 if there never was one.
 
-        Both are kept: `state_dict` and `load_state_dict` are all that is asked of them. Raises ConfigError where there
-        are checkpoints and none is good. From here on a signal ends the run in an orderly way.
+        Raises ConfigError if none is good any more. From here on a signal ends the run in an orderly way.
         """
         self._agent, self._memory = agent, memory
         refused, good = {}, None
@@ -196,14 +196,8 @@ class Run:
         return sorted(self.models.glob("checkpoint_" + 10 * "[0-9]"))
 
     def _save(self) -> None:
-        state = {
-            "run": self._record["run"],
-            "constants": self._constants,
-            "step": self._step,
-            "rows": self._rows,
-            "agent": self._agent.state_dict(),
-            "memory": self._memory.state_dict(),
-        }
+        state = {"run": self._record["run"], "constants": self._constants, "step": self._step, "rows": self._rows}
+        state |= {"agent": self._agent.state_dict(), "memory": self._memory.state_dict()}
         write_whole(self._path(self._step), lambda file: torch.save(state, file))
         self._record["checkpoint"] = self._step
         self._write_record()
@@ -233,7 +227,7 @@ class Run:
         if last is not None and last > self._step and self._path(last) not in refused:
             reasons.append(f"{self._path(last)} is missing")
         if reasons and not good:
-            raise ConfigError(f"{'; '.join(reasons)}; put a good one back, or start in another directory")
+            raise ConfigError(f"{'; '.join(reasons)}; put a good one back, or {ELSEWHERE}")
         for path in refused:
             os.replace(path, f"{path}.refused")
         for reason in reasons:
@@ -284,9 +278,9 @@ def _read_record(values: dict) -> dict | None:
     except (ValueError, KeyError, TypeError):
         whole = False
     if not whole:
-        raise ConfigError(f"{RECORD} is damaged; put a good one back, or start in another directory")
+        raise ConfigError(f"{RECORD} is damaged; put a good one back, or {ELSEWHERE}")
     if changed:
-        raise ConfigError(f"the run in this directory has {changed}; give it the same, or start in another directory")
+        raise ConfigError(f"the run in this directory has {changed}; give it the same, or {ELSEWHERE}")
     if record["finished"] is not None:
         raise Stopped(f"this run is finished, at step {record['finished']:,}; start another one elsewhere", 0)
     return record
@@ -297,9 +291,7 @@ def _new_record(values: dict) -> dict:
     models = Path(values["SAVE_PREFIX"])
     for old in (REWARDS, *models.glob("model_*"), *models.glob("checkpoint_*"), *Path(".").glob("eval_*")):
         if old.exists():
-            raise ConfigError(
-                f"{old} is from an earlier run; move {REWARDS}, {models} and eval_* away, or start in another directory"
-            )
+            raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
     return {"run": uuid.uuid4().hex, "constants": values, "checkpoint": None, "finished": None, "starts": []}
 
 
