@@ -6,9 +6,11 @@ iteration of the loop is NUM_ENVS steps. Every count below is in steps unless it
 
 import sys
 
+import torch
 from tqdm import tqdm
 
 import utils_config
+import utils_run
 from utils_drl import Agent
 from utils_env import AtariEnv
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
@@ -46,7 +48,8 @@ EVALUATE_FREQ: int = 100_000  # steps between evaluations
 EVAL_EPISODES: int = 10  # games per evaluation
 EVAL_EPS: float = 0.05  # probability of a random action in them; never 0, or a greedy Breakout agent may wait for ever
 RENDER: bool = False  # write one evaluation game as pictures and an animation, eval_000/ and eval_000.gif
-SAVE_PREFIX: str = "./models"  # directory of the models
+SAVE_PREFIX: str = "./models"  # directory of the models and checkpoints
+CHECKPOINT_FREQ: int = 1_000_000  # steps between checkpoints, from which the same command goes on; games restart there
 
 # The machine
 DEVICE: str = "auto"  # cuda when there is one, else mps, else cpu
@@ -60,14 +63,25 @@ def main() -> None:
     device = utils_config.choose_device(DEVICE)
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
-    models = utils_config.open_results(SAVE_PREFIX)
     dtype = utils_config.prepare(device, PRECISION, THREADS)
-    print(sentence, file=sys.stderr)
-    if MAX_STEPS <= WARM_STEPS:
-        print(
-            f"nothing will be learned: MAX_STEPS ({MAX_STEPS}) ends before WARM_STEPS ({WARM_STEPS})", file=sys.stderr
-        )
+    with utils_run.open_run(globals(), device, Memory.needed_bytes(MEM_SIZE, NUM_ENVS)) as run:
+        print(sentence, file=sys.stderr)
+        if MAX_STEPS <= WARM_STEPS:
+            print(
+                f"nothing will be learned: MAX_STEPS ({MAX_STEPS}) ends before WARM_STEPS ({WARM_STEPS})",
+                file=sys.stderr,
+            )
+        train(run, device, dtype, Memory, storage)
 
+
+def train(
+    run: utils_run.Run,
+    device: torch.device,
+    dtype: torch.dtype,
+    Memory: type[ReplayMemory],
+    storage: torch.device,
+) -> None:
+    """Train an agent of `dtype` on `device` with a memory in `storage`, from where `run` stands to MAX_STEPS."""
     env = AtariEnv(GAME, NUM_ENVS, device, stack_size=STACK_SIZE, frame_skip=FRAME_SKIP)
     agent = Agent(
         env.get_action_dim(),
@@ -98,27 +112,41 @@ def main() -> None:
         **priorities,
     )
 
-    def evaluate(number: int, step: int) -> None:
+    loss = None
+
+    def evaluate(step: int) -> None:
+        """Play, save and note the evaluation that is due after `step`, if there is one."""
+        if not (due(step, EVALUATE_FREQ) or step >= MAX_STEPS) or run.evaluated(step):
+            return
+        number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))
         progress.set_postfix_str(f"evaluating {EVAL_EPISODES} games")
-        scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
-        with open("rewards.txt", "a") as rewards:
-            rewards.write(f"{number:3d} {step:8d} {scores.mean():.1f}\n")
+        with run.evaluation(step, loss):
+            scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
+            if RENDER:
+                env.save_recording(f"eval_{number:03d}")
+        agent.save(run.models / f"model_{number:03d}", game=env.game, step=step, score=float(scores.mean()))
+        run.report(number, step, scores.mean())
         progress.write(f"step {step:,}: mean score {scores.mean():.1f} of {EVAL_EPISODES} games", file=sys.stderr)
         progress.unpause()  # the rate is that of training
-        agent.save(models / f"model_{number:03d}", game=env.game, step=step, score=float(scores.mean()))
-        if RENDER:
-            env.save_recording(f"eval_{number:03d}")
 
-    with tqdm(total=MAX_STEPS, unit=" steps") as progress:
-        evaluate(0, 0)
-        states, row = env.reset(seed=[SEED, 0, 0])
+    def restart(step: int) -> torch.Tensor:
+        """Start the games and all random numbers anew, from SEED and `step` alone, and return the games' states."""
+        agent.reseed([SEED, step, 2])
+        memory.reseed([SEED, step, 3])
+        states, row = env.reset(seed=[SEED, step, 0])
         memory.push(row)
-        loss = None
-        for step in range(NUM_ENVS, MAX_STEPS + NUM_ENVS, NUM_ENVS):
+        return states
+
+    start = run.resume(agent, memory)
+    with tqdm(total=MAX_STEPS, initial=min(start, MAX_STEPS), unit=" steps") as progress:
+        evaluate(start)
+        states = restart(start)
+        for step in range(start + NUM_ENVS, MAX_STEPS + NUM_ENVS, NUM_ENVS):
             training = len(memory) > WARM_STEPS
             actions = agent.run(states, training)  # the only wait for the device: it hands over the actions ...
             env.send(actions)  # ... the emulators start on their own threads ...
             if due(step, SHOW_FREQ):
+                run.check(step, loss)
                 show(progress, agent, env, loss)
             if training and (updates := due(step, POLICY_UPDATE)):
                 loss = agent.learn(memory, BATCH_SIZE, updates)  # ... and the learner works meanwhile
@@ -126,10 +154,9 @@ def main() -> None:
             memory.push(row)
             if due(step, TARGET_UPDATE):
                 agent.sync()
-            if due(step, EVALUATE_FREQ):
-                evaluate(step // EVALUATE_FREQ, step)
-            elif step >= MAX_STEPS:
-                evaluate(step // EVALUATE_FREQ + 1, step)
+            evaluate(step)
+            if run.pause(step, loss):  # a checkpoint was written
+                states = restart(step)
             progress.update(min(NUM_ENVS, MAX_STEPS - progress.n))
 
 

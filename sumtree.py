@@ -130,7 +130,8 @@ class SumTree:
             raise ValueError(f"this tree has {self.capacity} leaves, the state has {list(leaves.shape)}")
         self._leaves.zero_()
         self._nodes.zero_()
-        self._assign(torch.arange(self.capacity, device=self.device), leaves.to(self.device))
+        for part in torch.arange(self.capacity, device=self.device).split(1 << 16):  # _assign wants room for each level
+            self._assign(part, leaves[part[0] : part[-1] + 1].to(self.device))
 
     def _check_indices(self, indices: Tensor, upper: int | None = None) -> None:
         if self._checked and indices.numel():

@@ -3,9 +3,14 @@
 import argparse
 import ctypes
 import difflib
-import os
+import importlib.metadata
+import platform
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +20,8 @@ from utils_env import normalize_game
 from utils_memory import ReplayMemory, free_bytes
 
 HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
-
+PACKAGES = ("torch", "numpy", "gymnasium", "ale-py")  # that decide what a run does
+NETWORKS = 100 << 20  # bytes in a checkpoint beside the replay memory, rather too many
 
 MOST = {  # far beyond what is useful, and short of what the machine or the emulators would choke on
     "NUM_ENVS": 4096,
@@ -28,8 +34,19 @@ MOST = {  # far beyond what is useful, and short of what the machine or the emul
 }
 
 
-class ConfigError(Exception):
-    """Constants that cannot work, or a place that cannot be written; the message is one sentence for the user."""
+class Stopped(Exception):
+    """What ends the program early; the message is one sentence for the user, `status` the exit status."""
+
+    def __init__(self, sentence: str, status: int):
+        super().__init__(sentence)
+        self.status = status
+
+
+class ConfigError(Stopped):
+    """Constants that cannot work, or a place that cannot be written."""
+
+    def __init__(self, sentence: str):
+        super().__init__(sentence, 2)
 
 
 def run(main: Callable[[], None], module: dict) -> int:
@@ -37,15 +54,17 @@ def run(main: Callable[[], None], module: dict) -> int:
     try:
         override(module, sys.argv[1:])
         main()
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Stopped as stop:
+        print(f"error: {stop}" if stop.status in (1, 2) else stop, file=sys.stderr)
+        return stop.status
     except KeyboardInterrupt:
-        kept = (
-            "rewards.txt and the models so far are kept" if Path("rewards.txt").exists() else "nothing was written yet"
-        )
-        print(f"interrupted; {kept}", file=sys.stderr)
+        print("interrupted before the first step; nothing is lost", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory: {str(error).splitlines()[0]}; free some, or lower MEM_SIZE", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -175,7 +194,7 @@ def check(module: dict) -> None:
         least <= c.WARM_STEPS,
         f"WARM_STEPS ({c.WARM_STEPS}) is too small for NUM_ENVS ({c.NUM_ENVS}): it must be at least {least}",
     )
-    for name in ("EVALUATE_FREQ", "TARGET_UPDATE"):
+    for name in ("EVALUATE_FREQ", "TARGET_UPDATE", "CHECKPOINT_FREQ"):
         every = getattr(c, name)
         need(
             every >= c.NUM_ENVS, f"{name} ({every}) must be at least NUM_ENVS ({c.NUM_ENVS}), the steps of an iteration"
@@ -246,6 +265,17 @@ def choose_storage(
     raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; lower MEM_SIZE or free some")
 
 
+def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
+    """A sentence on the disk space that checkpoints of such a memory take. Raises ConfigError if it is not there."""
+    size = memory_bytes + NETWORKS
+    most = min((constants["MAX_STEPS"] - 1) // constants["CHECKPOINT_FREQ"], 2) + 1  # two, and one being written
+    free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in directory.glob("checkpoint_*"))
+    sentence = f"checkpoints: {size / 1e9:.2f} GB each, at most {most} at a time, {free / 1e9:.2f} GB free on the disk"
+    if most * size > free:
+        raise ConfigError(f"{sentence}; free some, or lower MEM_SIZE")
+    return sentence
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that is freed. By default it hands blocks of megabytes back to the system, and every
     update has to fault its own in anew: a tenth of the learner's time on a CPU. Elsewhere nothing is changed.
@@ -259,21 +289,35 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 1 << 30)
 
 
-def open_results(save_prefix: str) -> Path:
-    """Make the directory for models and return it. Raises ConfigError where results cannot go or would mix."""
-    directory = Path(save_prefix)
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation was refused; torch says so in its own ways."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def describe_start(device: torch.device, constants: dict) -> dict:
+    """What there is to know about a start of the program with `constants` on `device`."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "command": command_line(),
+        "device": f"{device} ({platform.machine()}, {name}), {torch.get_num_threads()} threads",
+        "precision": str(choose_dtype(constants["PRECISION"], device)).removeprefix("torch."),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def command_line() -> str:
+    """The command that started the program, as a shell reads it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says about this program, or None where it says nothing."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        for old in (Path("rewards.txt"), *directory.glob("model_*"), *Path(".").glob("eval_*")):
-            if old.exists():
-                raise ConfigError(
-                    f"{old} is from an earlier run; move rewards.txt, {save_prefix} and eval_* away, "
-                    f"or start in another directory"
-                )
-        directory.mkdir(parents=True, exist_ok=True)
-        for place in (directory, Path(".")):
-            probe = place / f".probe-{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {save_prefix})") from None
-    return directory
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,10 +1,13 @@
 """Agent: epsilon-greedy actions and temporal-difference updates of a policy network against a target network."""
 
+import contextlib
+import copy
 import os
 import sys
 import zipfile
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -277,12 +280,34 @@ class Agent:
             for target, policy in zip(self.target.parameters(), self.policy.parameters(), strict=True):
                 target.copy_(policy)
 
+    def is_finite(self) -> bool:
+        """Whether every weight is a number. Waits for the device."""
+        return bool(self._weights.isfinite().all())
+
+    def reseed(self, seed: int | list[int]) -> None:
+        """Draw random actions from a new sequence from here on."""
+        self._rng = np.random.default_rng(seed)
+
+    def state_dict(self) -> dict:
+        """All that an agent made alike needs to continue training, but its random state: views, not copies."""
+        return {
+            "policy": self.policy.state_dict(),
+            "target": self.target.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "trained_steps": self._trained_steps,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over `state`, from any device."""
+        self.policy.load_state_dict(state["policy"])
+        self.target.load_state_dict(state["target"])
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the tensors it is given
+        self._trained_steps = state["trained_steps"]
+
     def save(self, path: str | os.PathLike, **about) -> None:
         """Write the policy's weights, its shape and plain values `about` it; the file appears whole or not at all."""
-        path = os.fspath(path)
         weights = {name: weight.cpu() for name, weight in self.policy.state_dict().items()}  # loads on any machine
-        torch.save({"about": about, "shape": self.shape, "weights": weights}, path + ".tmp")
-        os.replace(path + ".tmp", path)
+        write_whole(path, lambda file: torch.save({"about": about, "shape": self.shape, "weights": weights}, file))
 
     def load(self, path: str | os.PathLike) -> dict:
         """Load weights that `save` wrote into both networks and return what was saved `about` them.
@@ -309,3 +334,24 @@ class Agent:
         self.policy.load_state_dict(weights)
         self.sync()
         return about
+
+
+def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+    """`write` a file that appears at `path` whole or not at all, even if the machine goes down. Raises OSError."""
+    path = os.fspath(path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.tmp")
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what stopped it
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, path) from error
+        raise
+    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+    os.fsync(directory)  # or the name may be lost
+    os.close(directory)

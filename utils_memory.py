@@ -17,6 +17,7 @@ method waits for it; a memory in RAM beside a learner on a GPU waits for each ro
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,6 +30,8 @@ CONTROL_GROUPS = [  # version 2 and 1: limit, usage, statistics, and the part of
     [f"/sys/fs/cgroup/memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")]
     + ["total_inactive_file"],
 ]
+RING = ("frames", "ages", "actions", "rewards", "terminals")  # what is stored for every slot
+PART = 1 << 13  # slots that are saved at once, 58 MB of frames
 TRIES = 4  # candidates per uniform draw; all four miss less than once in 10^8 draws, unless games last a few steps
 
 
@@ -166,6 +169,32 @@ class ReplayMemory:
     def update_priorities(self, indices: Tensor, td_errors: Tensor) -> None:
         """Uniform replay has no priorities."""
 
+    def reseed(self, seed: int | list[int]) -> None:
+        """Draw from a new random sequence from here on."""
+        words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        self._generator.manual_seed(int(words[0] >> np.uint64(1)))
+
+    def state_dict(self) -> dict:
+        """All that a memory of the same sizes needs to continue, but its random state: views of what is stored."""
+        views = {name: [torch.from_dlpack(part) for part in parts] for name, parts in self._parts(self._pushed).items()}
+        return {"pushed": self._pushed, **views}  # torch.save writes a slice with all it was cut from, but not these
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over `state`, from any device. Raises ValueError if it is of another size; then nothing is sound."""
+        for name, parts in self._parts(state["pushed"]).items():
+            if [(part.shape, part.dtype) for part in parts] != [(part.shape, part.dtype) for part in state[name]]:
+                raise ValueError(f"the {name} in the state do not fit a memory of {self.capacity} steps")
+            for part, saved in zip(parts, state[name], strict=True):
+                part.copy_(saved)
+        self._ages[min(state["pushed"], self.rows) * self.num_envs :] = 0  # what is not written yet is no transition
+        self._pushed = state["pushed"]
+        self._count.fill_(self._pushed)
+
+    def _parts(self, pushed: int) -> dict[str, tuple[Tensor, ...]]:
+        """Views of the slots that `pushed` rows have filled."""
+        filled = min(pushed, self.rows) * self.num_envs
+        return {name: getattr(self, f"_{name}")[:filled].split(PART) for name in RING}
+
     def _window(self) -> tuple[Tensor, Tensor]:
         """First and past-the-last index of the rows whose stacks and n-step windows are whole."""
         oldest = (self._count - self.rows + self.stack_size - 1).clamp_min(0)
@@ -262,11 +291,12 @@ class PrioritizedReplayMemory(ReplayMemory):
     def update_priorities(self, indices: Tensor, td_errors: Tensor) -> None:
         """Set the priorities of `indices` [B] from unweighted TD errors [B].
 
-        An index that has left the memory, or is not sampleable for another reason, changes nothing.
+        An index that has left the memory, or is not sampleable for another reason, changes nothing. An error that is
+        not a number counts as the largest: that training has diverged is for others to see, the tree must stay whole.
         """
         indices, td_errors = indices.to(self.device), td_errors.to(self.device)
         alive = self.priorities(indices) > 0
-        priorities = (td_errors.double().abs().clamp_max(1.0) + 0.01) ** self.alpha
+        priorities = (td_errors.double().nan_to_num(1.0).abs().clamp_max(1.0) + 0.01) ** self.alpha
         # Dead indices are pointed at the newest row, which always waits for its window with priority 0.
         newest = (self._count - 1) * self.num_envs
         self._tree.update(torch.where(alive, indices, newest) % self.capacity, torch.where(alive, priorities, 0.0))
@@ -276,6 +306,15 @@ class PrioritizedReplayMemory(ReplayMemory):
         first, last = self._window()
         there = (indices >= first) & (indices < last)
         return self._tree.priorities(indices % self.capacity) * there
+
+    def state_dict(self) -> dict:
+        """As of the uniform memory, with the priorities."""
+        return {**super().state_dict(), "tree": self._tree.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """As of the uniform memory, with the priorities."""
+        super().load_state_dict(state)
+        self._tree.load_state_dict(state["tree"])
 
     @property
     def beta(self) -> float:

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import main
 import utils_config
-from utils_drl import Agent
+from utils_drl import Agent, write_whole
 from utils_env import AtariEnv
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition
@@ -174,7 +174,7 @@ def stable_baselines3() -> float:
 
 
 def memory_times(device: torch.device, slots: int) -> dict[str, float]:
-    """Microseconds of one sample and one priority update in a memory of `slots`, without gathering for the update."""
+    """Microseconds of one sample, one priority update (without gathering for it) and one checkpoint of `slots`."""
     times = {}
     memory = None
     for name, kind in (("uniform", ReplayMemory), ("prioritized", PrioritizedReplayMemory)):
@@ -184,6 +184,10 @@ def memory_times(device: torch.device, slots: int) -> dict[str, float]:
     batch = memory.sample(main.BATCH_SIZE)
     errors = torch.rand(main.BATCH_SIZE, device=device)
     times["update"] = 1e6 / rate(lambda: memory.update_priorities(batch.indices, errors), device, window=1.0)
+    with tempfile.TemporaryDirectory(dir=".") as directory:
+        start = time.perf_counter()
+        write_whole(Path(directory) / "checkpoint", lambda file: torch.save(memory.state_dict(), file))
+        times["checkpoint"] = 1e6 * (time.perf_counter() - start)
     return times
 
 

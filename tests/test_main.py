@@ -180,6 +180,7 @@ EFFECTS = [
     ("WARM_STEPS", 150),
     ("MEM_SIZE", 160),
     ("EVALUATE_FREQ", 100),
+    ("CHECKPOINT_FREQ", 200),
     ("EVAL_EPISODES", 3),
     ("EVAL_EPS", 0.5),
     ("PRECISION", "bfloat16"),
@@ -358,6 +359,7 @@ BAD = [
     (["--ADAM_EPS=nan"], "ADAM_EPS must be a positive number"),
     (["--SEED=-1"], "SEED must be from 0"),
     (["--EVALUATE_FREQ=3"], "EVALUATE_FREQ (3) must be at least NUM_ENVS"),
+    (["--CHECKPOINT_FREQ=3"], "CHECKPOINT_FREQ (3) must be at least NUM_ENVS"),
     (["--PRECISION=float8"], "PRECISION must be one of"),
     (["--DEVICE=tpu"], "DEVICE 'tpu'"),
     (["--DEVICE=meta"], "DEVICE 'meta'"),
@@ -416,6 +418,7 @@ def test_a_memory_that_does_not_fit_names_needed_and_free(monkeypatch):
 
 def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
     run = tiny_run(MAX_STEPS=8)
+    (run.directory / "run.json").unlink()
     before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
     with pytest.raises(utils_config.ConfigError, match=r"rewards\.txt is from an earlier run"):
         main.main()
@@ -430,7 +433,7 @@ def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "eval_003").mkdir()
     with pytest.raises(utils_config.ConfigError, match="eval_003 is from an earlier run"):
-        utils_config.open_results("models")
+        main.main()
 
 
 def test_a_run_too_short_to_learn_says_so(tiny_run, capsys):

@@ -1,0 +1,527 @@
+"""Runs that are killed, stopped, damaged or starved, and go on, or end with one sentence and nothing lost."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import kill_test
+import pytest
+import torch
+from test_main import TINY
+
+import main
+import utils_config
+import utils_run
+
+CPU = torch.device("cpu")
+RUN = {**TINY, "CHECKPOINT_FREQ": 100, "PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3}
+
+
+class Killed(BaseException):
+    """The process ends here; nothing in the program catches it."""
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """A function that runs main.py in a directory as from the shell; returns its status and what it told."""
+
+    def run(directory: Path, **values) -> tuple[int, str]:
+        directory.mkdir(exist_ok=True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(directory)
+            patch.setattr(sys, "argv", ["main.py"])
+            for name, value in {**RUN, **values}.items():
+                patch.setattr(main, name, value)
+            capsys.readouterr()
+            status = utils_config.run(main.main, vars(main))
+        return status, capsys.readouterr().err
+
+    return run
+
+
+def at_call(monkeypatch, owner: type, name: str, number: int, action) -> None:
+    """Let call `number` of the method do `action` first."""
+    original, calls = getattr(owner, name), iter(range(1, 1_000_000))
+
+    def method(*args, **kwargs):
+        if next(calls) == number:
+            action()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+def kill() -> None:
+    """End the process."""
+    raise Killed
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_a_killed_run_ends_as_if_it_had_been_left_alone(monkeypatch, run_main, tmp_path, prioritized):
+    assert run_main(tmp_path / "alone", PRIORITIZED=prioritized)[0] == 0
+    for row in (3, 60, 30):  # before the first checkpoint; at step 232 and 316 of runs that began at 0 and 200
+        with monkeypatch.context() as patch:
+            at_call(patch, main.ReplayMemory, "push", row, kill)
+            with pytest.raises(Killed):
+                run_main(tmp_path / "killed", PRIORITIZED=prioritized)
+    status, told = run_main(tmp_path / "killed", PRIORITIZED=prioritized)
+    assert status == 0
+    assert "going on at step 300 from models/checkpoint_0000000300" in told
+    assert kill_test.results(tmp_path / "killed") == kill_test.results(tmp_path / "alone")
+
+
+def test_pictures_after_the_checkpoint_are_written_again(monkeypatch, run_main, tmp_path):
+    assert run_main(tmp_path / "alone", RENDER=True, MAX_STEPS=200)[0] == 0
+    with monkeypatch.context() as patch:
+        at_call(patch, main.ReplayMemory, "push", 49, kill)
+        with pytest.raises(Killed):
+            run_main(tmp_path / "killed", RENDER=True, MAX_STEPS=200)
+    (tmp_path / "killed" / "eval_001").mkdir()  # written in part, with a longer game
+    (tmp_path / "killed" / "eval_001" / "999999.png").touch()
+    assert run_main(tmp_path / "killed", RENDER=True, MAX_STEPS=200)[0] == 0
+    assert kill_test.results(tmp_path / "killed") == kill_test.results(tmp_path / "alone")
+
+
+def test_a_real_run_survives_sigkill(tmp_path):
+    constants = {**kill_test.SMALL, "MAX_STEPS": 2_400, "EVAL_EPISODES": 1, "PRIORITIZED": True}
+    assert kill_test.kill_runs(tmp_path, 2, constants)["files"] == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_iteration_and_the_run_goes_on_from_there(
+    monkeypatch, run_main, tmp_path, number
+):
+    with monkeypatch.context() as patch:
+        at_call(patch, main.ReplayMemory, "push", 32, lambda: os.kill(os.getpid(), number))
+        status, told = run_main(tmp_path / "run")
+    assert status == 128 + number
+    assert told.splitlines()[-1] == f"stopped at step 120 by {number.name}; go on with: python main.py"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    status, told = run_main(tmp_path / "run")
+    assert status == 0
+    assert "going on at step 120 from models/checkpoint_0000000120" in told
+    rows = (tmp_path / "run" / "rewards.txt").read_text().splitlines()
+    assert [row.split()[:2] for row in rows] == [["0", "0"], ["1", "200"], ["2", "400"]]
+
+
+@pytest.mark.parametrize("evaluation", [0, 1, 2])
+def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(monkeypatch, run_main, tmp_path, evaluation):
+    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+    assert run_main(alone, CHECKPOINT_FREQ=200)[0] == 0
+
+    def play_long() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    began = time.monotonic()
+    with monkeypatch.context() as patch:
+        at_call(patch, main.AtariEnv, "evaluate", evaluation + 1, play_long)
+        assert run_main(stopped, CHECKPOINT_FREQ=200)[0] == 130
+    assert time.monotonic() - began < 30
+    assert run_main(stopped, CHECKPOINT_FREQ=200)[0] == 0
+    assert kill_test.results(stopped) == kill_test.results(alone), "evaluations are at checkpoints here"
+
+
+def test_a_second_signal_leaves_at_once(tmp_path):
+    script = (
+        "import os, signal, sys, time, torch, main, utils_config\n"
+        "def hang(*_):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('writing', flush=True)\n"
+        "    time.sleep(60)\n"
+        "main.Agent.state_dict = hang\n"
+        "sys.exit(utils_config.run(main.main, vars(main)))\n"
+    )
+    arguments = [f"--{name}={value}" for name, value in {**RUN, "MAX_STEPS": 10_000}.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(main.__file__).parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == -signal.SIGINT
+    process.stdout.close()
+
+
+def test_a_finished_run_says_so_and_touches_nothing(run_main, tmp_path):
+    assert run_main(tmp_path / "run", MAX_STEPS=250)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    status, told = run_main(tmp_path / "run", MAX_STEPS=250)
+    assert (status, told) == (0, "this run is finished, at step 252; start another one elsewhere\n")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_at_most_two_checkpoints_are_kept(run_main, tmp_path):
+    run_main(tmp_path / "run")
+    kept = sorted(path.name for path in (tmp_path / "run" / "models").glob("checkpoint*"))
+    assert kept == ["checkpoint_0000000200", "checkpoint_0000000300"]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeypatch, run_main, tmp_path):
+    learn, calls = main.Agent.learn, iter(range(1000))
+    monkeypatch.setattr(main.Agent, "learn", lambda *a: learn(*a) * (math.nan if next(calls) > 30 else 1))
+    status, told = run_main(tmp_path / "run")
+    assert status == 1
+    assert told.splitlines()[-1].startswith("error: step 300: training has diverged, the loss is nan")
+    assert "the last good checkpoint is models/checkpoint_0000000200; start elsewhere with a lower" in told
+    assert len((tmp_path / "run" / "rewards.txt").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_weights_that_are_no_numbers_are_never_saved(monkeypatch, run_main, tmp_path, prioritized):
+    learn, calls = main.Agent.learn, iter(range(1000))
+
+    def diverge(agent, *args):
+        if next(calls) == 30:
+            next(agent.policy.parameters()).data[0] = math.inf
+        return learn(agent, *args) * 0.0
+
+    monkeypatch.setattr(main.Agent, "learn", diverge)
+    status, told = run_main(tmp_path / "run", PRIORITIZED=prioritized)
+    assert (status, "training has diverged" in told) == (1, True)
+    for path in (tmp_path / "run" / "models").iterdir():
+        saved = torch.load(path, weights_only=True)
+        weights = saved["weights"] if "weights" in saved else saved["agent"]["policy"]
+        assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_the_record_tells_how_the_run_came_about(run_main, tmp_path):
+    run_main(tmp_path / "run", MAX_STEPS=40)
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["constants"] == {**{n: getattr(main, n) for n in record["constants"]}, **RUN, "MAX_STEPS": 40}
+    assert record["constants"].keys() == utils_config.constants(vars(main)).keys()
+    (start,) = record["starts"]
+    assert start["command"] == "python main.py"
+    assert start["torch"] == torch.__version__
+    assert start["device"].startswith("cpu (")
+    assert {"python", "numpy", "gymnasium", "ale-py", "commit", "dirty", "precision", "time"} <= start.keys()
+
+
+def test_other_threads_may_go_on_but_are_said_not_to_be_bit_for_bit(monkeypatch, run_main, tmp_path):
+    with monkeypatch.context() as patch:
+        at_call(patch, main.ReplayMemory, "push", 32, lambda: os.kill(os.getpid(), signal.SIGINT))
+        run_main(tmp_path / "run")
+    try:
+        status, told = run_main(tmp_path / "run", THREADS=2)
+    finally:
+        torch.set_num_threads(1)
+    assert (status, "not bit for bit as before: this start differs in device" in told) == (0, True)
+
+
+# Files and faults, with something small in place of agent and memory
+
+
+class Part:
+    """Stands in for an agent and for a memory: a few numbers that change."""
+
+    def __init__(self, size: int = 1000):
+        self.numbers = torch.zeros(size)
+
+    def is_finite(self) -> bool:
+        """Whether they are numbers."""
+        return bool(self.numbers.isfinite().all())
+
+    def state_dict(self) -> dict:
+        """The numbers."""
+        return {"numbers": self.numbers}
+
+    def load_state_dict(self, state: dict) -> None:
+        """The numbers."""
+        if state["numbers"].shape != self.numbers.shape:
+            raise ValueError("another size")
+        self.numbers.copy_(state["numbers"])
+
+
+def constants(**values) -> dict:
+    """A module's names, as open_run reads them."""
+    return {**vars(main), **RUN, **values}
+
+
+def write(last: int, size: int = 1000, **values) -> None:
+    """A run here that has come to step `last` and dies."""
+    try:
+        with utils_run.open_run(constants(**values), CPU, 0) as run:
+            part = Part(size)
+            for step in range(run.resume(part, part) + 4, last + 4, 4):
+                part.numbers.fill_(step)
+                if step % 100 == 0:
+                    run.report(step // 100 - 1, step, step)
+                run.pause(step, None)
+            raise Killed
+    except Killed:
+        pass
+
+
+def resume(**values) -> int:
+    """The step at which the run here goes on; the numbers must be those of that step."""
+    part = Part()
+    try:
+        with utils_run.open_run(constants(**values), CPU, 0) as run:
+            step = run.resume(part, part)
+            raise Killed
+    except Killed:
+        assert (part.numbers == step).all()
+        rows = Path("rewards.txt").read_text().splitlines()
+        assert [int(row.split()[1]) for row in rows] == list(range(100, step + 1, 100))
+        return step
+
+
+@pytest.fixture
+def place(monkeypatch, tmp_path):
+    """An empty directory to run in, and one with a run of checkpoints at 200 and 300 to copy from."""
+    source = tmp_path / "source"
+    source.mkdir()
+    monkeypatch.chdir(source)
+    write(340)
+    monkeypatch.chdir(tmp_path)
+
+    def fresh() -> Path:
+        os.chdir(tmp_path)
+        shutil.rmtree("copy", ignore_errors=True)
+        shutil.copytree("source", "copy")
+        os.chdir("copy")
+        return Path("models/checkpoint_0000000300")
+
+    return fresh
+
+
+def test_a_run_goes_on_from_its_newest_checkpoint(place):
+    place()
+    assert resume() == 300
+
+
+def test_checkpoints_cut_short_give_way_to_the_one_before(place, capsys):
+    rng = random.Random(0)
+    content = place().read_bytes()
+    for length in [0, 1, len(content) - 1, *(rng.randrange(len(content)) for _ in range(200))]:
+        path = place()
+        path.write_bytes(content[:length])
+        assert resume() == 200
+        assert f"{path} is refused: it is damaged; going on from the one before" in capsys.readouterr().err
+        assert Path(f"{path}.refused").read_bytes() == content[:length]
+
+
+def test_a_flipped_byte_is_noticed_or_harmless(place, capsys):
+    rng = random.Random(0)
+    content = place().read_bytes()
+    steps = []
+    for _ in range(200):
+        path, where = place(), rng.randrange(len(content))
+        path.write_bytes(content[:where] + bytes([content[where] ^ rng.randrange(1, 256)]) + content[where + 1 :])
+        steps.append(resume())
+        assert (steps[-1] == 300) != ("is refused" in capsys.readouterr().err)
+    assert set(steps) == {200, 300}, "padding may change, data may not"
+
+
+def test_a_missing_checkpoint_gives_way_aloud_to_the_one_before(place, capsys):
+    path = place()
+    path.unlink()
+    assert resume() == 200
+    assert f"{path} is missing; going on from the one before" in capsys.readouterr().err
+
+
+def test_without_a_good_checkpoint_the_run_is_refused_and_nothing_is_touched(place):
+    path = place()
+    before = Path("models/checkpoint_0000000200")
+    path.write_bytes(b"")
+    before.write_bytes(b"PK")
+    content = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
+    sentence = f"{path} is refused: it is damaged; {before} is refused: it is damaged; put a good one back, or start"
+    with pytest.raises(utils_config.ConfigError, match=re.escape(sentence)):
+        resume()
+    assert {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()} == content
+    path.unlink()
+    before.unlink()
+    with pytest.raises(utils_config.ConfigError, match=f"{path} is missing; put a good one back"):
+        resume()
+
+
+def test_checkpoints_that_changed_places_are_refused(place):
+    path = place()
+    before = Path("models/checkpoint_0000000200")
+    path.rename("x")
+    before.rename(path)
+    Path("x").rename(before)
+    with pytest.raises(utils_config.ConfigError, match="it was written as checkpoint_0000000200"):
+        resume()
+
+
+def test_a_checkpoint_of_another_run_is_refused(place, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    os.chdir(other)
+    write(340)
+    path = place()
+    shutil.copy(other / path, path)
+    assert resume() == 200
+    assert "is refused: it is of another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("GAME", "pong"), ("LEARNING_RATE", 0.5), ("MAX_STEPS", 1000)])
+def test_other_constants_are_refused(place, name, value):
+    place()
+    with pytest.raises(utils_config.ConfigError, match=f"the run in this directory has {name}="):
+        resume(**{name: value})
+    assert resume() == 300
+
+
+def test_a_checkpoint_with_other_constants_under_the_same_record_is_refused(place, capsys):
+    path = place()
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "constants": {**state["constants"], "GAMMA": 0.5}}, path)
+    assert resume() == 200
+    assert "it is of a run with GAMMA=0.5, not 0.99" in capsys.readouterr().err
+
+
+class Evil:
+    """A pickle that runs code."""
+
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_a_pickle_that_would_run_code_does_not(place):
+    path = place()
+    state = torch.load(path, weights_only=True)
+    whole = io.BytesIO()
+    torch.save({**state, "agent": Evil()}, whole)
+    for content in (pickle.dumps(Evil()), whole.getvalue()):
+        place().write_bytes(content)
+        assert resume() == 200
+        assert not Path("evil").exists()
+
+
+def test_a_damaged_record_is_refused(place):
+    rng = random.Random(0)
+    place()
+    content = Path("run.json").read_bytes()
+    for _ in range(200):
+        where = rng.randrange(len(content))
+        place()
+        for damaged in (content[:where], content[:where] + bytes([rng.randrange(256)]) + content[where + 1 :]):
+            Path("run.json").write_bytes(damaged)
+            with contextlib.suppress(utils_config.Stopped):  # anything else is a failure
+                assert resume() in (200, 300)
+
+
+def test_a_second_start_beside_a_running_one_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with utils_run.open_run(constants(), CPU, 0) as run:
+        run.resume(Part(), Part())
+        for directory, models in (("elsewhere", "../models"), (".", "models"), (".", "other_models")):
+            monkeypatch.chdir(tmp_path / directory)
+            with pytest.raises(utils_config.ConfigError, match="another run is at work"):
+                write(20, SAVE_PREFIX=models)
+        assert not Path("other_models").exists()
+    with pytest.raises(utils_config.Stopped, match="is finished"):  # the lock is gone
+        write(20)
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils_config.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
+    with (
+        pytest.raises(utils_config.ConfigError, match=r"0\.81 GB each, at most 3 at a time, 2\.00 GB free"),
+        utils_run.open_run(constants(), CPU, 706_000_000),
+    ):
+        pass
+    with pytest.raises(Killed), utils_run.open_run(constants(CHECKPOINT_FREQ=200), CPU, 706_000_000):
+        raise Killed  # 0.81 GB twice are there
+
+
+@pytest.fixture
+def failing(place):
+    """A function that does something in a run at step 300 and returns the sentence with which that ended it."""
+
+    def fail(action, size: int = 1000) -> str:
+        place()
+        part = Part(size)
+
+        def run() -> None:
+            with utils_run.open_run(constants(), CPU, 0) as run:
+                run.resume(part, part)
+                action(run, part)
+
+        with pytest.raises(utils_config.Stopped) as stop:
+            run()
+        assert stop.value.status == 1
+        assert len(str(stop.value).splitlines()) == 1
+        assert not list(Path(".").rglob("*.tmp"))
+        return str(stop.value)
+
+    return fail
+
+
+def test_a_full_disk_costs_no_earlier_checkpoint(failing):
+    def fill(run, part) -> None:
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        part.numbers = torch.zeros(1_000_000)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+            os.kill(os.getpid(), signal.SIGTERM)
+            run.pause(399, None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    told = failing(fill)
+    assert "cannot write models/checkpoint_0000000" in told
+    assert "File too large" in told
+    assert "the last good checkpoint is models/checkpoint_0000000300; mend that and give the same command" in told
+    assert resume() == 300
+
+
+def test_a_directory_removed_under_a_run_is_told(failing):
+    def remove(run, part) -> None:
+        shutil.rmtree("models")
+        run.report(3, 399, 1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        run.pause(399, None)
+
+    assert "step 399: cannot write models/checkpoint_0000000399: No such file" in failing(remove)
+
+
+def test_a_rewards_file_that_cannot_be_written_is_told(failing):
+    def block(run, part) -> None:
+        Path("rewards.txt").unlink()
+        Path("rewards.txt").mkdir()
+        run.report(3, 399, 1.0)
+
+    assert "cannot write rewards.txt: Is a directory; rewards.txt and the models are kept" in failing(block)
+
+
+def test_an_allocation_that_is_refused_is_told(failing):
+    assert "step 300: out of memory: " in failing(lambda run, part: torch.empty(1 << 50))
+    assert resume() == 300
+
+
+def test_an_error_that_is_none_of_these_keeps_its_traceback(place):
+    place()
+    with pytest.raises(RuntimeError, match="a fault"), utils_run.open_run(constants(), CPU, 0):
+        raise RuntimeError("a fault")
+
+
+def test_a_checkpoint_is_a_zip_that_torch_loads_plainly(place):
+    path = place()
+    assert zipfile.is_zipfile(path)
+    assert torch.load(path, weights_only=True)["step"] == 300

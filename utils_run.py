@@ -1,0 +1,301 @@
+"""A run on disk: its record and lock, its checkpoints, and what ends it: signals, diverged training, full disks.
+
+A checkpoint holds all that training has learned and remembers, but no random states and no emulators: after it, games
+and random numbers start anew from (SEED, step), in the run that goes on as in the run that comes back. So a run that
+is killed and started again with the same command does, on a CPU, bit for bit what it would have done.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import uuid
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils_config import ConfigError, Stopped, check_disk, command_line, constants, describe_start, out_of_memory
+from utils_drl import write_whole
+
+RECORD, REWARDS = Path("run.json"), Path("rewards.txt")
+FREE = ("THREADS", "RENDER")  # constants that may change when a run goes on; the first changes rounding
+ELSEWHERE = f"start in another directory, or move {RECORD}, {REWARDS}, eval_* and what is in SAVE_PREFIX away"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator["Run"]:
+    """The run of the constants in `module`, new or gone on with, in the current directory and in SAVE_PREFIX.
+
+    Raises ConfigError where its results cannot go or would mix with others, and Stopped for a run that has finished,
+    or stops inside for a reason that a sentence can tell.
+    """
+    values = {name: module[name] for name in constants(module)}
+    models = Path(values["SAVE_PREFIX"])
+    with contextlib.ExitStack() as stack:
+        try:
+            _lock(Path("."), stack)
+            record = _read_record(values)
+            models.mkdir(parents=True, exist_ok=True)
+            if not models.samefile("."):
+                _lock(models, stack)
+            record = record or _new_record(values)
+            for place in (models, Path(".")):
+                probe = place / f".probe-{os.getpid()}"
+                probe.touch()
+                probe.unlink()
+            print(check_disk(values, models, memory_bytes), file=sys.stderr)
+        except OSError as error:
+            raise ConfigError(f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {models})") from None
+        run = Run(record, values, device)
+        for number in SIGNALS:
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        try:
+            yield run
+            run.finish()
+        except OSError as error:
+            cause = f"cannot write {error.filename or 'results'}: {error.strerror}"
+            raise run.stopped(cause, "mend that and give the same command again") from error
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            cause = f"out of memory: {str(error).splitlines()[0]}"
+            raise run.stopped(cause, "free some and give the same command again") from error
+
+
+class Run:
+    """One run, from its first start to its end; made by `open_run`."""
+
+    def __init__(self, record: dict, values: dict, device: torch.device):
+        self.models = Path(values["SAVE_PREFIX"])
+        self._record, self._constants, self._device = record, values, device
+        self._rows: list[str] = []  # of rewards.txt
+        self._step = 0  # of the state that a checkpoint would hold now
+        self._signal = 0
+        self._abort = False  # whether a signal may end what is going on
+
+    def resume(self, agent, memory) -> int:
+        """Bring both, and rewards.txt, to the newest good checkpoint; return its step, or 0 if there never was one.
+
+        Raises ConfigError if none is good any more. From here on a signal ends the run in an orderly way.
+        """
+        self._agent, self._memory = agent, memory
+        refused, good = {}, None
+        for path in reversed(self._checkpoints()):
+            try:
+                self._step, self._rows = self._load(path)
+                good = path
+                break
+            except Exception as error:  # a damaged file raises any of a dozen kinds
+                if out_of_memory(error):
+                    raise
+                refused[path] = str(error) if isinstance(error, _Refused) else "it is damaged"
+        self._beats = self._step // self._constants["CHECKPOINT_FREQ"]
+        self._announce(good, refused)
+        self._clean()
+        start = {"step": self._step, **describe_start(self._device, self._constants)}
+        for other in self._record["starts"][-1:]:
+            changed = [key for key in start if key not in ("step", "time", "command") and start[key] != other.get(key)]
+            if changed:
+                print(f"not bit for bit as before: this start differs in {', '.join(changed)}", file=sys.stderr)
+        self._record["starts"].append(start)
+        self._write_record()
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+        return self._step
+
+    def evaluated(self, step: int) -> bool:
+        """Whether rewards.txt has a row for `step`."""
+        return bool(self._rows) and int(self._rows[-1].split()[1]) == step
+
+    @contextlib.contextmanager
+    def evaluation(self, step: int, loss: Tensor | None) -> Iterator[None]:
+        """A part of the run, after `step`, that changes nothing in training: a signal ends it early."""
+        self.check(step, loss, weights=True)
+        self._step = step
+        try:
+            self._abort = True
+            if self._signal:
+                raise KeyboardInterrupt
+            yield
+            self._abort = False
+        except KeyboardInterrupt:
+            self._leave()
+
+    def report(self, number: int, step: int, score: float) -> None:
+        """Append a row to rewards.txt."""
+        row = f"{number:3d} {step:8d} {score:.1f}\n"
+        with open(REWARDS, "a") as file:
+            file.write(row)
+            file.flush()
+            os.fsync(file.fileno())
+        self._rows.append(row)
+
+    def check(self, step: int, loss: Tensor | None, weights: bool = False) -> None:
+        """Raise Stopped if `loss`, or with `weights` one of the agent's, is not finite. Waits for the device."""
+        last = 0.0 if loss is None else float(loss)
+        if not math.isfinite(last) or (weights and not self._agent.is_finite()):
+            self._step = step
+            cause = f"training has diverged, the loss is {last} and the weights may not be numbers any more"
+            raise self.stopped(cause, "start elsewhere with a lower LEARNING_RATE or --PRECISION=float32")
+
+    def pause(self, step: int, loss: Tensor | None) -> bool:
+        """After every iteration: write a checkpoint every CHECKPOINT_FREQ steps, and say whether one was written.
+
+        After it everything has to start anew from (SEED, step). After a signal it is written at once, and the run ends.
+        """
+        beats, self._beats = self._beats, step // self._constants["CHECKPOINT_FREQ"]
+        self._step = step
+        if step >= self._constants["MAX_STEPS"] or (beats == self._beats and not self._signal):
+            return False
+        self.check(step, loss, weights=True)
+        if self._signal:
+            self._leave()
+        self._save()
+        return True
+
+    def finish(self) -> None:
+        """The end of the last step."""
+        self._record["finished"] = self._step
+        self._write_record()
+
+    def stopped(self, cause: str, remedy: str) -> Stopped:
+        """The exception that ends the run at this step."""
+        last = self._record["checkpoint"]
+        kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {self._path(last)}"
+        return Stopped(f"step {self._step:,}: {cause}; rewards.txt and the models are kept, {kept}; {remedy}", 1)
+
+    def _on_signal(self, number: int, _) -> None:
+        self._signal = number
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once, whatever it is doing
+        if self._abort:
+            self._abort = False
+            raise KeyboardInterrupt
+
+    def _leave(self) -> None:
+        name = signal.Signals(self._signal).name
+        tqdm.write(f"{name}: writing a checkpoint; a second one leaves at once", file=sys.stderr)
+        if self._record["checkpoint"] != self._step:
+            self._save()
+        raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", 128 + self._signal)
+
+    def _path(self, step: int) -> Path:
+        return self.models / f"checkpoint_{step:010d}"
+
+    def _checkpoints(self) -> list[Path]:
+        """Those there are, oldest first."""
+        return sorted(self.models.glob("checkpoint_" + 10 * "[0-9]"))
+
+    def _save(self) -> None:
+        state = {"run": self._record["run"], "constants": self._constants, "step": self._step, "rows": self._rows}
+        state |= {"agent": self._agent.state_dict(), "memory": self._memory.state_dict()}
+        write_whole(self._path(self._step), lambda file: torch.save(state, file))
+        self._record["checkpoint"] = self._step
+        self._write_record()
+        for old in self._checkpoints()[:-2]:
+            old.unlink()
+
+    def _load(self, path: Path) -> tuple[int, list[str]]:
+        """Load the checkpoint at `path` into agent and memory; return its step and rows. Runs no code out of it."""
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch.load does not look at the checksums
+                raise _Refused("it is damaged")
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if state["run"] != self._record["run"]:
+            raise _Refused("it is of another run")
+        if changed := _changed(state["constants"], self._constants):
+            raise _Refused(f"it is of a run with {changed}")
+        if path != self._path(state["step"]):
+            raise _Refused(f"it was written as {self._path(state['step']).name}")
+        self._agent.load_state_dict(state["agent"])
+        self._memory.load_state_dict(state["memory"])
+        return state["step"], state["rows"]
+
+    def _announce(self, good: Path | None, refused: dict[Path, str]) -> None:
+        """Say where the run goes on, and set aside what was refused. Raises ConfigError if nothing good is left."""
+        last = self._record["checkpoint"]
+        reasons = [f"{path} is refused: {reason}" for path, reason in refused.items()]
+        if last is not None and last > self._step and self._path(last) not in refused:
+            reasons.append(f"{self._path(last)} is missing")
+        if reasons and not good:
+            raise ConfigError(f"{'; '.join(reasons)}; put a good one back, or {ELSEWHERE}")
+        for path in refused:
+            os.replace(path, f"{path}.refused")
+        for reason in reasons:
+            print(f"{reason}; going on from the one before", file=sys.stderr)
+        if good:
+            print(f"going on at step {self._step:,} from {good}", file=sys.stderr)
+        elif self._record["starts"]:
+            print("there was no checkpoint yet: this run begins again", file=sys.stderr)
+
+    def _clean(self) -> None:
+        """Take back what was written after the checkpoint, but the models: each is written over in its turn."""
+        if self._rows:
+            write_whole(REWARDS, lambda file: file.write("".join(self._rows).encode()))
+        else:
+            REWARDS.unlink(missing_ok=True)
+        for half in self.models.glob("checkpoint_*.tmp"):
+            half.unlink()
+        for pictures in Path(".").glob("eval_*/"):
+            number = pictures.name.removeprefix("eval_")
+            if number.isdigit() and int(number) >= len(self._rows):
+                shutil.rmtree(pictures)
+
+    def _write_record(self) -> None:
+        write_whole(RECORD, lambda file: file.write(json.dumps(self._record, indent=2).encode() + b"\n"))
+
+
+class _Refused(Exception):
+    """A checkpoint that cannot be used, and why."""
+
+
+def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    stack.callback(os.close, handle)  # and the lock is gone, as it is when the process dies
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(f"another run is at work in {directory}; wait for its end or start elsewhere") from None
+
+
+def _read_record(values: dict) -> dict | None:
+    """The record of the run here, if there is one. Raises ConfigError if it is not this run, Stopped if it is over."""
+    try:
+        record = json.loads(RECORD.read_text(encoding="utf-8"))
+        whole = all(isinstance(record[name], int | None) for name in ("checkpoint", "finished"))
+        changed = _changed(record["constants"], values)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ConfigError(f"{RECORD} is damaged; put a good one back, or {ELSEWHERE}")
+    if changed:
+        raise ConfigError(f"the run in this directory has {changed}; give it the same, or {ELSEWHERE}")
+    if record["finished"] is not None:
+        raise Stopped(f"this run is finished, at step {record['finished']:,}; start another one elsewhere", 0)
+    return record
+
+
+def _new_record(values: dict) -> dict:
+    """The record of a run that begins. Raises ConfigError where there are results of an earlier one."""
+    models = Path(values["SAVE_PREFIX"])
+    for old in (REWARDS, *models.glob("model_*"), *models.glob("checkpoint_*"), *Path(".").glob("eval_*")):
+        if old.exists():
+            raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
+    return {"run": uuid.uuid4().hex, "constants": values, "checkpoint": None, "finished": None, "starts": []}
+
+
+def _changed(before: dict, now: dict) -> str:
+    """The first constant of a run that is not what it was, in words, or nothing."""
+    names = [name for name in before | now if name not in FREE and before.get(name) != now.get(name)]
+    return f"{names[0]}={before.get(names[0])}, not {now.get(names[0])}" if names else ""
