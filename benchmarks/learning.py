@@ -105,9 +105,8 @@ class Run:
 
 def bench() -> int:
     """Train, evaluate and report what the command line asks for; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["shipped"], metavar="RECIPE")
     parser.add_argument("--games", nargs="+", default=["breakout"], metavar="GAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
@@ -217,7 +216,6 @@ def train(runs: list[Run], jobs: int, done: Callable[[Run], None]) -> int:
                 run = waiting.pop(0)
                 look(run)  # main.py may have gone on alone if this script was killed
                 if run.finished:
-                    print(f"{run.directory.name}: finished", file=sys.stderr)
                     done(run)
                 else:
                     working.append(start(run))
@@ -227,13 +225,12 @@ def train(runs: list[Run], jobs: int, done: Callable[[Run], None]) -> int:
                 look(run)
                 if over:
                     working.remove(run)
-                    if run.child.returncode or not run.finished:
-                        failed += 1
-                        said = (run.directory / "log.txt").read_text().strip()
-                        words = said.splitlines()[-1] if said else "it said nothing"  # a bar's \r ends a line too
-                        print(f"{run.directory.name} failed, status {run.child.returncode}: {words}", file=sys.stderr)
-                    else:
+                    if run.finished and run.child.returncode == 0:
                         done(run)
+                    else:
+                        failed += 1
+                        words = (run.directory / "log.txt").read_text().splitlines() or ["it said nothing"]
+                        print(f"{run.directory.name} failed ({run.child.returncode}): {words[-1]}", file=sys.stderr)
     finally:  # main.py writes what it needs to go on
         for run in working:
             run.child.send_signal(signal.SIGINT)
@@ -295,7 +292,7 @@ def evaluate(run: Run, steps: int) -> None:
     scores = {str(epsilon): env.evaluate(agent, STRICT_GAMES, epsilon, seed).tolist() for epsilon in STRICT_EPS}
     write(result, json.dumps({"steps": steps, "number": number, "seed": seed, "scores": scores}))
     means = ", ".join(f"{np.mean(values):.1f} at epsilon {epsilon}" for epsilon, values in scores.items())
-    print(f"{run.directory.name}: {means}, strictly, of the model of step {steps:,}", file=sys.stderr)
+    print(f"{run.directory.name}: strict, step {steps:,}: {means}", file=sys.stderr)
 
 
 if __name__ == "__main__":
