@@ -155,7 +155,7 @@ def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
         constants = ["--THREADS=1", *constants]
     runs = []
     for seed in asked.seeds:  # outermost: every question gets its first answer before any gets its second
-        for game in asked.games:
+        for game in map(normalize_game, asked.games):
             for recipe in asked.recipes:
                 own = {"GAME": game, "SEED": seed, "MAX_STEPS": asked.steps, "EVALUATE_FREQ": asked.every}
                 runs.append(open_run(asked.out, recipe, [*flags(RECIPES[recipe]), *constants, *flags(own)]))
@@ -181,8 +181,7 @@ def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
     A run keeps the arguments it began with; only THREADS may differ.
     """
     constants = resolve(arguments)
-    game = normalize_game(constants["GAME"])
-    directory = out / f"{recipe}-{game}-{constants['SEED']}"
+    directory = out / f"{recipe}-{constants['GAME']}-{constants['SEED']}"
     if (directory / "run.json").exists():
         record = json.loads((directory / "run.json").read_text())
         for name, value in record["constants"].items():
@@ -194,7 +193,7 @@ def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
     about = machine(utils_config.choose_device(constants["DEVICE"]))
     record = {
         "recipe": recipe,
-        "game": game,
+        "game": constants["GAME"],
         "seed": constants["SEED"],
         "arguments": arguments,
         "constants": constants,

@@ -164,7 +164,7 @@ rows(1, 2)
     assert bench(*command) == 1
     first = record(tmp_path, "shipped-breakout-0")
     time.sleep(2)  # not the run's
-    assert bench(*command, "--jobs=2") == 0
+    assert bench(*command, "--jobs=2", "--games=ALE/Breakout-v5") == 0
     second = record(tmp_path, "shipped-breakout-0")
     assert {number: second["reached"][number] for number in ("0", "1")} == first["reached"]
     assert first["clock"] + 0.5 < second["reached"]["2"] < first["clock"] + 2
