@@ -1,22 +1,292 @@
-"""The benchmark measures the real loop: it must not fall behind it."""
+"""The benchmarks run the real loop: they must not fall behind it."""
 
-import importlib.util
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import main
 
+BENCHMARKS = Path(main.__file__).parent / "benchmarks"
+LEARNER = {
+    "NUM_ENVS": 4,
+    "WARM_STEPS": 100,
+    "MEM_SIZE": 300,
+    "TARGET_UPDATE": 100,
+    "POLICY_UPDATE": 20,
+    "BATCH_SIZE": 4,
+}
+MACHINE = {"NUM_ENVS": 4, "EVAL_EPISODES": 1, "EVAL_EPS": 1.0, "PRECISION": "float32", "DEVICE": "cpu", "THREADS": 1}
+TINY = [f"--{name}={value}" for name, value in (LEARNER | MACHINE).items()]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """A function that imports a benchmark by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module
+
 
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants(monkeypatch, prioritized):
-    path = Path(main.__file__).parent / "benchmarks" / "throughput.py"
-    spec = importlib.util.spec_from_file_location("throughput", path)
-    throughput = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(throughput)
+def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants(benchmark, monkeypatch, prioritized):
+    throughput = benchmark("throughput")
     monkeypatch.setattr(throughput, "WINDOW", 0.2)
     for name, value in {"BATCH_SIZE": 4, "POLICY_UPDATE": 32, "DEVICE": "cpu", "THREADS": 1}.items():
         monkeypatch.setattr(main, name, value)
     before = dict(vars(main))
     assert throughput.loop(prioritized) > 0
     assert dict(vars(main)) == before
+
+
+@pytest.fixture
+def learning(benchmark, monkeypatch):
+    """The learning benchmark, looking often and evaluating briefly."""
+    module = benchmark("learning")
+    monkeypatch.setattr(module, "LOOK", 0.02)
+    monkeypatch.setattr(module, "STRICT_GAMES", 2)
+    return module
+
+
+@pytest.fixture
+def bench(learning, monkeypatch, tmp_path):
+    """A function that runs the learning benchmark with a command line, results under tmp_path."""
+
+    def start(*arguments: str) -> int:
+        places = [f"--out={tmp_path / 'runs'}", f"--summary={tmp_path / 'summary.csv'}"]
+        monkeypatch.setattr(sys, "argv", ["learning.py", *arguments, *places])
+        return learning.bench()
+
+    return start
+
+
+def stand_in(learning, monkeypatch, tmp_path, code: str) -> None:
+    """Let `code` be what main.py does: `rows(...)` writes rows of rewards.txt, with scores, and their models."""
+    prelude = """
+import os, sys, time
+from pathlib import Path
+def rows(*numbers):
+    Path("models").mkdir(exist_ok=True)
+    for number in numbers:
+        with open("rewards.txt", "a") as file:
+            file.write(f"{number:3d} {number * 100:8d} {number + seed:.1f}\\n")
+        Path(f"models/model_{number:03d}").touch()
+seed = next(int(a.split("=")[1]) for a in sys.argv if a.startswith("--SEED"))
+"""
+    (tmp_path / "main.py").write_text(prelude + code)
+    monkeypatch.setattr(learning, "ROOT", tmp_path)
+    monkeypatch.setattr(learning, "evaluate", lambda run, steps: None)
+
+
+def record(tmp_path: Path, run: str) -> dict:
+    """The run.json of `run`."""
+    return json.loads((tmp_path / "runs" / run / "run.json").read_text())
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file."""
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_real_runs_become_curves_strict_scores_a_table_and_rows_of_the_summary_and_are_done_only_once(
+    bench, learning, monkeypatch, tmp_path, capsys
+):
+    command = ["--recipes", "shipped", "double", "--steps=400", "--every=200", "--at=200", "--until=breakout=-1"]
+    old = ['other,pong,400,1,1,1,1,1,"a, b"', "shipped,breakout,400,9,9,9,9,9,x", ""]
+    header = "recipe,game,steps,seeds,mean,low,high,minutes,hardware"
+    (tmp_path / "summary.csv").write_text("\n".join([header, *old]))
+    assert bench(*command, *TINY) == 0
+    runs = [tmp_path / "runs" / name for name in ("double-breakout-0", "shipped-breakout-0")]
+    curve = rows(tmp_path / "runs" / "curves.csv")
+    for run in runs:
+        mine = [row for row in curve if row["recipe"] == run.name.split("-")[0]]
+        said = [line.split() for line in (run / "rewards.txt").read_text().splitlines()]
+        assert [[row["number"], row["step"], row["score"]] for row in mine] == said
+        minutes = [float(row["minutes"]) for row in mine]
+        assert 0 < minutes[0] <= minutes[1] <= minutes[2] < 5
+    assert (tmp_path / "runs" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    strict = json.loads((runs[1] / "strict_002.json").read_text())
+    assert [len(strict["scores"][epsilon]) for epsilon in ("0.05", "0.01")] == [2, 2]
+
+    summary = rows(tmp_path / "summary.csv")
+    keys = [(row["recipe"], row["game"], row["steps"]) for row in summary]
+    assert keys == [(name, "breakout", steps) for steps in ("200", "400") for name in ("double", "shipped")] + [
+        ("other", "pong", "400")
+    ]
+    assert summary[4]["hardware"] == "a, b"
+    assert summary[3]["seeds"] == "1"
+    assert float(summary[3]["mean"]) == pytest.approx(np.mean(strict["scores"]["0.05"]), abs=0.051)
+    assert "cores" in summary[3]["hardware"]
+    table = capsys.readouterr().out
+    assert table == (tmp_path / "runs" / "table.md").read_text()
+    assert table.count("| -1 | 0 | 0.") == 4  # this score is reached at once
+
+    before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*")}
+    monkeypatch.delattr(subprocess, "Popen")
+    assert bench(*command, *TINY) == 0
+    assert {path: path.stat().st_mtime_ns for path in before if path.name != "run.json"} == {
+        path: time for path, time in before.items() if path.name != "run.json"
+    }
+    assert rows(tmp_path / "summary.csv") == summary
+
+
+def test_a_run_that_fails_is_reported_with_its_last_words_and_the_others_go_on(
+    bench, learning, monkeypatch, tmp_path, capsys
+):
+    stand_in(learning, monkeypatch, tmp_path, "rows(0)\nif seed == 1: sys.exit('error: out of luck')\nrows(1, 2)")
+    assert bench("--seeds", "1", "2", "--steps=200", "--every=100", *TINY) == 1
+    assert "shipped-breakout-1 failed (1): error: out of luck" in capsys.readouterr().err
+    assert list(record(tmp_path, "shipped-breakout-1")["reached"]) == ["0"]
+    assert list(record(tmp_path, "shipped-breakout-2")["reached"]) == ["0", "1", "2"]
+
+
+def test_an_unfinished_run_is_started_again_in_its_place_and_its_clock_goes_on(bench, learning, monkeypatch, tmp_path):
+    code = """
+Path("arguments").open("a").write(repr(sys.argv[1:]) + "\\n")
+time.sleep(0.3)
+if not Path("rewards.txt").exists():
+    rows(0, 1)
+    sys.exit("killed")
+Path("rewards.txt").unlink()  # as a resumed run that goes back to its checkpoint
+rows(0)
+time.sleep(0.3)
+rows(1, 2)
+"""
+    stand_in(learning, monkeypatch, tmp_path, code)
+    command = ["--steps=200", "--every=100", *TINY]
+    assert bench(*command) == 1
+    first = record(tmp_path, "shipped-breakout-0")
+    time.sleep(2)  # not the run's
+    assert bench(*command, "--jobs=2", "--games=ALE/Breakout-v5") == 0
+    second = record(tmp_path, "shipped-breakout-0")
+    assert {number: second["reached"][number] for number in ("0", "1")} == first["reached"]
+    assert first["clock"] + 0.5 < second["reached"]["2"] < first["clock"] + 2
+    arguments = (tmp_path / "runs" / "shipped-breakout-0" / "arguments").read_text().splitlines()
+    assert len(arguments) == 2
+    assert arguments[0] == arguments[1]
+
+
+def test_jobs_work_side_by_side_with_one_thread_each(bench, learning, monkeypatch, tmp_path):
+    code = """
+Path(f"../../here{seed}").touch()
+while not all(Path(f"../../here{other}").exists() for other in (1, 2)): time.sleep(0.01)
+assert "--THREADS=1" in sys.argv
+rows(0, 1, 2)
+"""
+    stand_in(learning, monkeypatch, tmp_path, code)
+    assert bench("--seeds", "1", "2", "--jobs=2", "--steps=200", "--every=100") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_reaches_the_run_once_and_waits_for_it(tmp_path, number):
+    (tmp_path / "main.py").write_text("""
+import signal, time
+from pathlib import Path
+signal.signal(signal.SIGINT, lambda *_: open("signals", "a").write("SIGINT "))
+Path("ready").touch()
+time.sleep(0.1)
+while not Path("signals").exists(): time.sleep(0.01)
+time.sleep(0.5)
+open("signals", "a").write("saved")
+""")
+    program = tmp_path / "program.py"
+    text = (BENCHMARKS / "learning.py").read_text()
+    program.write_text(
+        text.replace("ROOT = Path(main.__file__).parent", "ROOT = Path(__file__).parent").replace(
+            "Path(__file__).resolve().parent.parent", f"Path({str(BENCHMARKS.parent)!r})"
+        )
+    )
+    out = tmp_path / "runs"
+    command = [sys.executable, str(program), f"--out={out}", *TINY]
+    paths = os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])
+    child = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, stderr=subprocess.PIPE, text=True)
+    directory = out / "shipped-breakout-0"
+    while not (directory / "ready").exists():
+        assert child.poll() is None, child.stderr.read()
+        time.sleep(0.02)
+    child.send_signal(number)
+    assert "the same command goes on" in child.communicate(timeout=20)[1]
+    assert child.returncode == 130
+    assert (directory / "signals").read_text() == "SIGINT saved"
+    assert json.loads((directory / "run.json").read_text())["clock"] > 0.5
+
+
+def test_every_recipe_is_one_that_main_accepts_and_the_classic_ones_do_not_follow_its_defaults(learning, monkeypatch):
+    monkeypatch.setattr(main, "N_STEP", 3)
+    monkeypatch.setattr(main, "LEARNING_RATE", 1e-3)
+    resolved = {name: learning.resolve(learning.flags(constants)) for name, constants in learning.RECIPES.items()}
+    assert resolved["shipped"]["N_STEP"] == 3
+    uniform, prioritized = resolved["classic-uniform"], resolved["classic-prioritized"]
+    assert (uniform["N_STEP"], uniform["LEARNING_RATE"], uniform["PRIORITIZED"]) == (1, 6.25e-5, False)
+    assert prioritized == uniform | {"PRIORITIZED": True}
+    assert len({tuple(constants.values()) for constants in resolved.values()}) == len(resolved), "a recipe twice"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--BATCH_SIZ=4"], "there is no constant BATCH_SIZ; the nearest is BATCH_SIZE"),
+        (["--SEED=4"], "SEED is set by --games, --seeds"),
+        (["--games", "brekout"], "the nearest is 'breakout'"),
+        (["--at", "150"], "--at 150: there is an evaluation every 100 steps up to 200"),
+        (["--until", "breakout"], "invalid goal value: 'breakout'"),
+        (["--GAMMA=0.9"], "shipped-breakout-0 has GAMMA 0.99, not 0.9; choose another --out"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_a_sentence_before_anything_starts(
+    bench, learning, monkeypatch, tmp_path, capsys, arguments, sentence
+):
+    stand_in(learning, monkeypatch, tmp_path, "rows(0, 1, 2)")
+    command = ["--steps=200", "--every=100", *TINY]
+    assert bench(*command) == 0
+    before = sorted((tmp_path / "runs").rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        bench(*command, *arguments)
+    assert stop.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert sorted((tmp_path / "runs").rglob("*")) == before
+
+
+def test_the_report_takes_means_intervals_and_times_over_the_seeds(benchmark, tmp_path):
+    learning_report = benchmark("learning_report")
+    for seed, (shift, reached) in enumerate([(0.0, {"0": 6, "1": 60}), (4.0, {"0": 18, "1": 120})]):
+        directory = tmp_path / "runs" / str(seed)
+        directory.mkdir(parents=True)
+        about = {"recipe": "full", "game": "breakout", "seed": seed, "reached": reached, "hardware": "a box"}
+        (directory / "run.json").write_text(json.dumps(about))
+        (directory / "rewards.txt").write_text(f"  0        0 {1 + shift}\n  1      100 {10 + shift}\n")
+        scores = {"0.05": [16.1 + shift, 16.1 + shift, 19.1 + shift], "0.01": [20.0, 20.0, 20.0]}
+        result = {"steps": 100, "number": 1, "scores": scores}
+        (directory / "strict_001.json").write_text(json.dumps(result))
+    learning_report.report(tmp_path / "runs", {"breakout": 11.0}, tmp_path / "summary.csv")
+    assert rows(tmp_path / "summary.csv") == [
+        dict(
+            recipe="full",
+            game="breakout",
+            steps="100",
+            seeds="2",
+            mean="19.1",  # of 17.1 and 21.1, the means of the seeds,
+            low="17.1",  # of which two draws are both the one or the other in a quarter of all cases each
+            high="21.1",
+            minutes="1.5",
+            hardware="a box",
+        )
+    ]
+    line = (tmp_path / "runs" / "table.md").read_text().splitlines()[2]
+    # median 19.6 of all games; (19.1 - 1.7) / (30.5 - 1.7) = 0.60; only one seed had 11.0 within the run
+    assert line == "| breakout | 100 | full | 2 | 19.1 | 17.1 to 21.1 | 19.6 | 0.60 | 20.0 | 1.5 | 11 | - | - |"
+
+
+def test_the_interval_of_many_values_is_that_of_their_normal_mean(benchmark):
+    values = np.random.default_rng(0).normal(5.0, 2.0, 400)
+    low, high = benchmark("learning_report").interval(values)
+    error = 1.96 * values.std() / 20
+    assert low == pytest.approx(values.mean() - error, abs=0.02)
+    assert high == pytest.approx(values.mean() + error, abs=0.02)

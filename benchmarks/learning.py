@@ -1,0 +1,299 @@
+"""What a recipe learns: recipes x games x seeds through main.py, strict evaluations, curves and a table.
+
+    python benchmarks/learning.py --recipes classic-uniform full --games breakout pong --seeds 0 1 2 \\
+        --steps 800_000 --every 50_000 --out runs/ [--at 400_000] [--until breakout=40] [--jobs N] [--CONSTANT=value]
+
+Every run is `python main.py ...` in OUT/RECIPE-GAME-SEED, beside run.json (its constants, machine and clock) and
+log.txt (what it said). The same command once more skips what is finished and starts the rest again; Ctrl-C stops the
+runs too. After each run the models of --at and of the last step play 30 more games (strict_NNN.json), and the curves,
+the picture and the table of all runs in OUT, and results/summary.csv, are brought up to date.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from learning_report import report, rewards, write
+from throughput import machine
+
+import main
+import utils_config
+from utils_drl import Agent
+from utils_env import AtariEnv, normalize_game
+
+# The classic values spelled out, so that they stay classic when the defaults of main.py change.
+# fmt: off
+CLASSIC = {
+    "STACK_SIZE": 4, "FRAME_SKIP": 4, "GAMMA": 0.99, "EPS_START": 1.0, "EPS_END": 0.1, "EPS_DECAY": 1_000_000,
+    "BATCH_SIZE": 32, "POLICY_UPDATE": 4, "TARGET_UPDATE": 10_000, "WARM_STEPS": 50_000, "MEM_SIZE": 100_000,
+    "LEARNING_RATE": 6.25e-5, "ADAM_EPS": 1.5e-4, "PRIORITIZED": False, "ALPHA": 0.5, "BETA_START": 0.4,
+    "DOUBLE_DQN": False, "DUELING": False, "N_STEP": 1, "QUANTILES": 1,
+}
+# fmt: on
+PRIORITIZED = CLASSIC | {"PRIORITIZED": True}
+FAST = CLASSIC | {"WARM_STEPS": 20_000, "TARGET_UPDATE": 8_000, "EPS_END": 0.01, "EPS_DECAY": 250_000}
+QUANTILES = {"QUANTILES": 64, "LEARNING_RATE": 1e-4}
+FULL = FAST | QUANTILES | {"PRIORITIZED": True, "DOUBLE_DQN": True, "N_STEP": 3}
+
+RECIPES = {  # name: the constants of main.py that it changes, and the question it is to answer
+    "shipped": {},  # what do the defaults reach?
+    "classic-uniform": CLASSIC,  # at least 19.0 on Breakout at 800k steps?
+    "classic-prioritized": PRIORITIZED,  # never below uniform, per step and per minute?
+    "prioritized-alpha-0.6": PRIORITIZED | {"ALPHA": 0.6},  # stronger priorities, as Schaul et al. 2016?
+    "prioritized-beta-1": PRIORITIZED | {"BETA_START": 1.0},  # full correction all along, nothing annealed?
+    "prioritized-lr-1e-4": PRIORITIZED | {"LEARNING_RATE": 1e-4},  # is 6.25e-5 too careful ...
+    "prioritized-lr-2.5e-4": PRIORITIZED | {"LEARNING_RATE": 2.5e-4},  # ... even a quarter of what would do?
+    "uniform-lr-1e-4": CLASSIC | {"LEARNING_RATE": 1e-4},  # has uniform replay a better rate of its own ...
+    "uniform-lr-2.5e-4": CLASSIC | {"LEARNING_RATE": 2.5e-4},  # ... four times the prioritized one?
+    "fast": FAST,  # what do warm-up, target period and epsilon bring a short run by themselves?
+    "fast-prioritized": FAST | {"PRIORITIZED": True},  # what do priorities add to that ...
+    "double": FAST | {"DOUBLE_DQN": True},  # ... Double DQN ...
+    "n-step-3": FAST | {"N_STEP": 3},  # ... returns over three steps ...
+    "dueling": FAST | {"DUELING": True},  # ... the dueling head ...
+    "quantiles": FAST | QUANTILES,  # ... and quantiles, each alone?
+    "full": FULL,  # what do all reach together, but for the dueling head?
+    "full-dueling": FULL | {"DUELING": True},  # does that head still add something ...
+    "full-uniform": FULL | {"PRIORITIZED": False},  # ... and what is lost without priorities ...
+    "full-one-step": FULL | {"N_STEP": 1},  # ... without the longer returns ...
+    "full-classic-loss": FULL | {"QUANTILES": 1, "LEARNING_RATE": 6.25e-5},  # ... without quantiles?
+    "full-lr-6.25e-5": FULL | {"LEARNING_RATE": 6.25e-5},  # do quantiles want the classic rate?
+    "full-target-2k": FULL | {"TARGET_UPDATE": 2_000},  # does a fresher target pay in a short run?
+    "full-epsilon-100k": FULL | {"EPS_DECAY": 100_000},  # does less exploration?
+    "full-update-1": FULL | {"POLICY_UPDATE": 1},  # do more updates pay, per step or per minute ...
+    "full-update-8": FULL | {"POLICY_UPDATE": 8},  # ... or fewer?
+    "full-batch-64": FULL | {"BATCH_SIZE": 64},  # do larger batches pay ...
+    "full-batch-128-update-16": FULL | {"BATCH_SIZE": 128, "POLICY_UPDATE": 16},  # ... as fewer, larger updates ...
+    "full-batch-512-update-64": FULL | {"BATCH_SIZE": 512, "POLICY_UPDATE": 64},  # ... that see as much data?
+}
+
+ROOT = Path(main.__file__).parent
+STRICT_GAMES = 30
+STRICT_EPS = (0.05, 0.01)  # the paper's, which counts, and one nearer to what others publish
+LOOK = 1.0  # seconds between looks at the runs
+OWN = ("GAME", "SEED", "MAX_STEPS", "EVALUATE_FREQ", "SAVE_PREFIX")  # constants that are this script's to set
+
+
+@dataclass
+class Run:
+    """One run of main.py and its run.json."""
+
+    directory: Path
+    record: dict
+    child: subprocess.Popen | None = None
+
+    def number(self, steps: int) -> int:
+        """The evaluation at `steps`."""
+        return -(-steps // self.record["constants"]["EVALUATE_FREQ"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether its last evaluation has been seen."""
+        return str(self.number(self.record["constants"]["MAX_STEPS"])) in self.record["reached"]
+
+
+def bench() -> int:
+    """Train, evaluate and report what the command line asks for; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["shipped"], metavar="RECIPE")
+    parser.add_argument("--games", nargs="+", default=["breakout"], metavar="GAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument("--steps", type=int, default=800_000, help="length of each run")
+    parser.add_argument("--every", type=int, default=50_000, help="steps between evaluations")
+    parser.add_argument("--at", nargs="+", type=int, default=[], help="steps whose models are evaluated strictly too")
+    parser.add_argument("--until", nargs="+", type=goal, default=[], metavar="GAME=SCORE", help="when was it reached?")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 with one thread each")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the runs")
+    parser.add_argument("--summary", type=Path, default=ROOT / "results" / "summary.csv", metavar="FILE")
+    asked, constants = parser.parse_known_args()
+    try:
+        runs = open_table(asked, constants)
+    except (utils_config.ConfigError, ValueError) as error:
+        parser.error(str(error))
+
+    def done(run: Run) -> None:
+        for steps in sorted({*asked.at, asked.steps}):
+            evaluate(run, steps)
+        report(asked.out, dict(asked.until), asked.summary)
+
+    try:
+        failed = train(runs, asked.jobs, done)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    if failed < len(runs):
+        print((asked.out / "table.md").read_text(), end="")
+    return int(failed > 0)
+
+
+def goal(text: str) -> tuple[str, float]:
+    """The game and the score of, for example, breakout=40."""
+    game, score = text.split("=")
+    return normalize_game(game), float(score)
+
+
+def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
+    """The runs that the command line asks for. Raises ConfigError or ValueError for what cannot work."""
+    for name, value in resolve(constants).items():
+        if name in OWN and value != getattr(main, name):
+            raise ValueError(f"{name} is set by --games, --seeds, --steps, --every and --out")
+    if wrong := [steps for steps in asked.at if steps % asked.every or not 0 <= steps <= asked.steps]:
+        raise ValueError(f"--at {wrong[0]}: there is an evaluation every {asked.every} steps up to {asked.steps}")
+    if asked.jobs > 1:
+        constants = ["--THREADS=1", *constants]
+    runs = []
+    for seed in asked.seeds:  # outermost: every question gets its first answer before any gets its second
+        for game in map(normalize_game, asked.games):
+            for recipe in asked.recipes:
+                own = {"GAME": game, "SEED": seed, "MAX_STEPS": asked.steps, "EVALUATE_FREQ": asked.every}
+                runs.append(open_run(asked.out, recipe, [*flags(RECIPES[recipe]), *constants, *flags(own)]))
+    return runs
+
+
+def flags(constants: dict) -> list[str]:
+    """The arguments of main.py that set `constants`."""
+    return [f"--{name}={value}" for name, value in constants.items()]
+
+
+def resolve(arguments: list[str]) -> dict:
+    """All constants of main.py under `arguments`. Raises ConfigError for those that cannot work."""
+    module = dict(vars(main))
+    utils_config.override(module, arguments)
+    utils_config.check(module)
+    return {name: module[name] for name in utils_config.constants(module)}
+
+
+def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
+    """The run of `arguments`, as it stands or new. Raises ValueError, with a sentence, if another is in its place.
+
+    A run keeps the arguments it began with; only THREADS may differ.
+    """
+    constants = resolve(arguments)
+    directory = out / f"{recipe}-{constants['GAME']}-{constants['SEED']}"
+    if (directory / "run.json").exists():
+        record = json.loads((directory / "run.json").read_text())
+        for name, value in record["constants"].items():
+            if name != "THREADS" and constants.get(name) != value:
+                raise ValueError(f"{directory} has {name} {value}, not {constants.get(name)}; choose another --out")
+        return Run(directory, record)
+    if directory.exists():
+        raise ValueError(f"{directory} is there already, without a run.json; choose another --out")
+    about = machine(utils_config.choose_device(constants["DEVICE"]))
+    record = {
+        "recipe": recipe,
+        "game": constants["GAME"],
+        "seed": constants["SEED"],
+        "arguments": arguments,
+        "constants": constants,
+        "hardware": ", ".join(filter(None, (about["cpu"], f"{about['cores']} cores", about.get("gpu")))),
+        "reached": {},  # seconds of work after which each evaluation was there
+        "clock": 0.0,  # seconds of work, work lost by an interruption included: so far,
+        "before": 0.0,  # and when main.py was last started,
+        "started": 0.0,  # which was at this time
+    }
+    return Run(directory, record)
+
+
+def train(runs: list[Run], jobs: int, done: Callable[[Run], None]) -> int:
+    """Bring all runs to their end, `jobs` at a time, calling `done(run)` after each; return how many failed."""
+    waiting, working, failed = list(runs), [], 0
+    try:
+        while waiting or working:
+            while waiting and len(working) < jobs:
+                run = waiting.pop(0)
+                look(run)  # main.py may have gone on alone if this script was killed
+                if run.finished:
+                    done(run)
+                else:
+                    working.append(start(run))
+            time.sleep(LOOK)
+            for run in list(working):
+                over = run.child.poll() is not None  # asked first: then nothing comes after the look
+                look(run)
+                if over:
+                    working.remove(run)
+                    if run.finished and run.child.returncode == 0:
+                        done(run)
+                    else:
+                        failed += 1
+                        words = (run.directory / "log.txt").read_text().splitlines() or ["it said nothing"]
+                        print(f"{run.directory.name} failed ({run.child.returncode}): {words[-1]}", file=sys.stderr)
+    finally:  # main.py writes what it needs to go on
+        for run in working:
+            run.child.send_signal(signal.SIGINT)
+        for run in working:
+            run.child.wait()
+            look(run)
+    return failed
+
+
+def start(run: Run) -> Run:
+    """Start main.py, for the first time or again, in a session of its own, so that a Ctrl-C reaches it only once."""
+    run.directory.mkdir(parents=True, exist_ok=True)
+    run.record |= {"before": run.record["clock"], "started": time.time()}
+    write(run.directory / "run.json", json.dumps(run.record, indent=1))
+    with open(run.directory / "log.txt", "a") as log:
+        run.child = subprocess.Popen(
+            [sys.executable, ROOT / "main.py", *run.record["arguments"]],
+            cwd=run.directory,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"TQDM_MININTERVAL": "10"},
+            start_new_session=True,
+        )
+    return run
+
+
+def look(run: Run) -> None:
+    """Note new evaluations and the time. A kill of this script costs the clock no more than one look."""
+    record = run.record
+    for number, step, score in rewards(run.directory):
+        model = run.directory / "models" / f"model_{number:03d}"
+        if str(number) not in record["reached"] and model.exists():
+            seconds = record["before"] + model.stat().st_mtime - record["started"]
+            record["reached"][str(number)] = round(seconds, 1)
+            record["clock"] = max(record["clock"], seconds)
+            print(f"{run.directory.name}: {score} at step {step:,}, {seconds / 60:.1f} minutes", file=sys.stderr)
+    if run.child:
+        record["clock"] = record["before"] + time.time() - record["started"]
+    if record["started"]:
+        write(run.directory / "run.json", json.dumps(record, indent=1))
+
+
+def evaluate(run: Run, steps: int) -> None:
+    """Let the model of `steps` play STRICT_GAMES games of at most five minutes at each of STRICT_EPS, once for all."""
+    constants, number = run.record["constants"], run.number(steps)
+    result = run.directory / f"strict_{number:03d}.json"
+    if result.exists():
+        return
+    if constants["THREADS"]:
+        torch.set_num_threads(constants["THREADS"])
+    device = utils_config.choose_device(constants["DEVICE"])
+    dtype = utils_config.choose_dtype(constants["PRECISION"], device)
+    model = run.directory / "models" / f"model_{number:03d}"
+    agent = Agent(device=device, dtype=dtype, **torch.load(model, weights_only=True)["shape"])
+    agent.load(model)
+    frames = {"stack_size": constants["STACK_SIZE"], "frame_skip": constants["FRAME_SKIP"]}
+    env = AtariEnv(run.record["game"], 1, device, **frames)
+    seed = [constants["SEED"], steps, 2]  # training ends its seeds in 0 and 1
+    scores = {str(epsilon): env.evaluate(agent, STRICT_GAMES, epsilon, seed).tolist() for epsilon in STRICT_EPS}
+    write(result, json.dumps({"steps": steps, "number": number, "seed": seed, "scores": scores}))
+    means = ", ".join(f"{np.mean(values):.1f} at epsilon {epsilon}" for epsilon, values in scores.items())
+    print(f"{run.directory.name}: strict, step {steps:,}: {means}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the runs as Ctrl-C does
+    sys.exit(bench())
