@@ -3,7 +3,7 @@
     python benchmarks/learning.py --recipes classic-uniform full --games breakout pong --seeds 0 1 2 \\
         --steps 800_000 --every 50_000 --out runs/ [--at 400_000] [--until breakout=40] [--jobs N] [--CONSTANT=value]
 
-Every run is `python main.py ...` in OUT/RECIPE-GAME-SEED, beside run.json (its constants, machine and clock) and
+Every run is `python main.py ...` in OUT/RECIPE-GAME-SEED, beside learning.json (its constants, machine and clock) and
 log.txt (what it said). The same command once more skips what is finished and starts the rest again; Ctrl-C stops the
 runs too. After each run the models of --at and of the last step play 30 more games (strict_NNN.json), and the curves,
 the picture and the table of all runs in OUT, and results/summary.csv, are brought up to date.
@@ -87,7 +87,7 @@ OWN = ("GAME", "SEED", "MAX_STEPS", "EVALUATE_FREQ", "SAVE_PREFIX")  # constants
 
 @dataclass
 class Run:
-    """One run of main.py and its run.json."""
+    """One run of main.py and its learning.json."""
 
     directory: Path
     record: dict
@@ -182,14 +182,14 @@ def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
     """
     constants = resolve(arguments)
     directory = out / f"{recipe}-{constants['GAME']}-{constants['SEED']}"
-    if (directory / "run.json").exists():
-        record = json.loads((directory / "run.json").read_text())
+    if (directory / "learning.json").exists():
+        record = json.loads((directory / "learning.json").read_text())
         for name, value in record["constants"].items():
             if name != "THREADS" and constants.get(name) != value:
                 raise ValueError(f"{directory} has {name} {value}, not {constants.get(name)}; choose another --out")
         return Run(directory, record)
     if directory.exists():
-        raise ValueError(f"{directory} is there already, without a run.json; choose another --out")
+        raise ValueError(f"{directory} is there already, without a learning.json; choose another --out")
     about = machine(utils_config.choose_device(constants["DEVICE"]))
     record = {
         "recipe": recipe,
@@ -243,7 +243,7 @@ def start(run: Run) -> Run:
     """Start main.py, for the first time or again, in a session of its own, so that a Ctrl-C reaches it only once."""
     run.directory.mkdir(parents=True, exist_ok=True)
     run.record |= {"before": run.record["clock"], "started": time.time()}
-    write(run.directory / "run.json", json.dumps(run.record, indent=1))
+    write(run.directory / "learning.json", json.dumps(run.record, indent=1))
     with open(run.directory / "log.txt", "a") as log:
         run.child = subprocess.Popen(
             [sys.executable, ROOT / "main.py", *run.record["arguments"]],
@@ -269,7 +269,7 @@ def look(run: Run) -> None:
     if run.child:
         record["clock"] = record["before"] + time.time() - record["started"]
     if record["started"]:
-        write(run.directory / "run.json", json.dumps(record, indent=1))
+        write(run.directory / "learning.json", json.dumps(record, indent=1))
 
 
 def evaluate(run: Run, steps: int) -> None:

@@ -28,7 +28,7 @@ def report(out: Path, until: dict[str, float], summary: Path) -> None:
     `until` gives for some games the score of which the table says when it was first reached.
     """
     lines, curves, strict = [], defaultdict(list), defaultdict(list)
-    for path in sorted(out.glob("*/run.json")):
+    for path in sorted(out.glob("*/learning.json")):
         run = json.loads(path.read_text())
         recipe, game, reached = run["recipe"], run["game"], run["reached"]
         curve = [(*row, reached[str(row[0])] / 60) for row in rewards(path.parent) if str(row[0]) in reached]

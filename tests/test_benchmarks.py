@@ -86,8 +86,8 @@ seed = next(int(a.split("=")[1]) for a in sys.argv if a.startswith("--SEED"))
 
 
 def record(tmp_path: Path, run: str) -> dict:
-    """The run.json of `run`."""
-    return json.loads((tmp_path / "runs" / run / "run.json").read_text())
+    """The learning.json of `run`."""
+    return json.loads((tmp_path / "runs" / run / "learning.json").read_text())
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -131,8 +131,8 @@ def test_real_runs_become_curves_strict_scores_a_table_and_rows_of_the_summary_a
     before = {path: path.stat().st_mtime_ns for run in runs for path in run.rglob("*")}
     monkeypatch.delattr(subprocess, "Popen")
     assert bench(*command, *TINY) == 0
-    assert {path: path.stat().st_mtime_ns for path in before if path.name != "run.json"} == {
-        path: time for path, time in before.items() if path.name != "run.json"
+    assert {path: path.stat().st_mtime_ns for path in before if path.name != "learning.json"} == {
+        path: time for path, time in before.items() if path.name != "learning.json"
     }
     assert rows(tmp_path / "summary.csv") == summary
 
@@ -215,7 +215,7 @@ open("signals", "a").write("saved")
     assert "the same command goes on" in child.communicate(timeout=20)[1]
     assert child.returncode == 130
     assert (directory / "signals").read_text() == "SIGINT saved"
-    assert json.loads((directory / "run.json").read_text())["clock"] > 0.5
+    assert json.loads((directory / "learning.json").read_text())["clock"] > 0.5
 
 
 def test_every_recipe_is_one_that_main_accepts_and_the_classic_ones_do_not_follow_its_defaults(learning, monkeypatch):
@@ -260,7 +260,7 @@ def test_the_report_takes_means_intervals_and_times_over_the_seeds(benchmark, tm
         directory = tmp_path / "runs" / str(seed)
         directory.mkdir(parents=True)
         about = {"recipe": "full", "game": "breakout", "seed": seed, "reached": reached, "hardware": "a box"}
-        (directory / "run.json").write_text(json.dumps(about))
+        (directory / "learning.json").write_text(json.dumps(about))
         (directory / "rewards.txt").write_text(f"  0        0 {1 + shift}\n  1      100 {10 + shift}\n")
         scores = {"0.05": [16.1 + shift, 16.1 + shift, 19.1 + shift], "0.01": [20.0, 20.0, 20.0]}
         result = {"steps": 100, "number": 1, "scores": scores}
