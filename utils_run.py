@@ -102,9 +102,8 @@ class Run:
         self._announce(good, refused)
         self._clean()
         start = {"step": self._step, **describe_start(self._device, self._constants)}
-        for other in self._record["starts"][-1:]:
-            changed = [key for key in start if key not in ("step", "time", "command") and start[key] != other.get(key)]
-            if changed:
+        for last in self._record["starts"][-1:]:
+            if changed := [key for key in start.keys() - {"step", "time", "command"} if start[key] != last.get(key)]:
                 print(f"not bit for bit as before: this start differs in {', '.join(changed)}", file=sys.stderr)
         self._record["starts"].append(start)
         self._write_record()
@@ -163,7 +162,7 @@ class Run:
         return True
 
     def finish(self) -> None:
-        """The end of the last step."""
+        """After the last step."""
         self._record["finished"] = self._step
         self._write_record()
 

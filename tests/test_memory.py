@@ -4,6 +4,7 @@ Frames are 2x2 pixels that spell (game, episode, time), so no two frames are ali
 """
 
 import gc
+import io
 import math
 
 import numpy as np
@@ -484,6 +485,62 @@ def test_the_seed_alone_decides_the_draws(kind):
     torch.manual_seed(2)
     assert torch.equal(draws(0), first)
     assert not torch.equal(draws(1), first)
+
+
+# ---- saving ----
+
+
+@pytest.mark.parametrize("pushes", [0, 1, 7, 20, 55])
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_a_saved_memory_comes_back_and_goes_on_alike(kind, pushes):
+    memory, games, naive = filled(kind, 20, 3, pushes, n_step=2)
+    file = io.BytesIO()
+    torch.save(memory.state_dict(), file)
+    file.seek(0)
+    restored, *_ = filled(kind, 20, 3, 40, n_step=2, seed=1)  # what it held is forgotten
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    assert len(restored) == len(memory)
+    for _ in range(30):
+        row = games.next_row()
+        memory.push(row)
+        restored.push(row)
+        assert restored.sampleable().tolist() == list(naive.sampleable())
+        if len(naive.sampleable()):
+            memory.reseed([5, 6])
+            restored.reseed([5, 6])
+            for mine, its in zip(memory.sample(40), restored.sample(40), strict=True):
+                assert torch.equal(mine, its)
+
+
+def test_a_saved_memory_takes_no_more_room_than_the_rows_it_has():
+    memory, *_ = filled(ReplayMemory, 100_000, 3, 10)
+    file = io.BytesIO()
+    torch.save(memory.state_dict(), file)
+    assert file.tell() < 10_000
+
+
+def test_a_saved_memory_of_another_size_is_refused():
+    memory, *_ = filled(ReplayMemory, 20, 3, 30)
+    for rows, num_envs in ((21, 3), (20, 4)):
+        other, *_ = filled(ReplayMemory, rows, num_envs, 5)
+        with pytest.raises(ValueError, match="do not fit"):
+            other.load_state_dict(memory.state_dict())
+
+
+def test_another_seed_draws_another_sequence():
+    memory, *_ = filled(ReplayMemory, 20, 3, 30)
+    draws = []
+    for seed in ([1, 2], [1, 3], [1, 2]):
+        memory.reseed(seed)
+        draws.append(memory.sample(40).indices.tolist())
+    assert draws[0] == draws[2] != draws[1]
+
+
+def test_an_error_that_is_not_a_number_leaves_the_tree_whole():
+    memory, *_ = filled(PrioritizedReplayMemory, 20, 3, 30)
+    indices = memory.sampleable()
+    memory.update_priorities(indices, torch.full((len(indices),), math.nan))
+    assert (memory.priorities(indices) == priority(1.0, memory.alpha)).all()
 
 
 # ---- priorities ----

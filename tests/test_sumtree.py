@@ -377,6 +377,15 @@ def test_a_saved_tree_comes_back_whole(capacity):
     assert_same(restored, naive)
 
 
+def test_a_large_tree_comes_back_whole():
+    tree = SumTree(200_000)
+    tree.update(torch.arange(200_000), torch.rand(200_000, generator=torch.Generator().manual_seed(20)))
+    restored = SumTree(200_000)
+    restored.load_state_dict(tree.state_dict())
+    assert torch.equal(restored.priorities(torch.arange(200_000)), tree.priorities(torch.arange(200_000)))
+    assert torch.equal(restored.prefix_sum(torch.arange(200_001)), tree.prefix_sum(torch.arange(200_001)))
+
+
 def test_a_restored_tree_shares_nothing_with_the_one_it_came_from():
     tree, naive = random_pair(10, seed=16)
     restored = SumTree(10)
