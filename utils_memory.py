@@ -172,7 +172,7 @@ class ReplayMemory:
     def reseed(self, seed: int | list[int]) -> None:
         """Draw from a new random sequence from here on."""
         words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-        self._generator.manual_seed(int(words[0] >> np.uint64(1)))
+        self.generator.manual_seed(int(words[0] >> np.uint64(1)))
 
     def state_dict(self) -> dict:
         """All that a memory of the same sizes needs to continue, but its random state: views of what is stored."""
