@@ -263,7 +263,7 @@ class Agent:
         return losses[-1]
 
     def _update(self, batch: Batch, next_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of Adam, given the target network's `next_values`; the loss, Q values [B], unweighted TD errors [B]."""
+        """One step of Adam, given the target network's `next_values`; loss, Q values [B], unweighted TD errors [B]."""
         network = self._network(self.policy)
         with torch.no_grad():
             choice = network(batch.next_states) if self.double_dqn else next_values

@@ -26,9 +26,9 @@ POINT_FREQ = 10_000  # steps between points of the curves; an evaluation adds on
 LINE_SECONDS = 30  # between the lines that stand for the bar where there is no terminal
 RECENT = 100  # finished games of which the bar gives the mean score
 LOOKS = 30  # over which the bar's rate is taken
-GAME = Path("play.gif")
+MOVIE = Path("play.gif")
 PANEL, MARGIN, LINE = 190, 6, 10  # pixels beside the screen: width, border, height of a line of text
-WHITE, GRAY, CHOSEN = (255, 255, 255), (112, 112, 112), (255, 160, 0)
+TEXT, BAR, CHOSEN = (255, 255, 255), (64, 64, 64), (208, 96, 0)  # colours
 
 
 def introduction(constants: dict, device: torch.device, storage: str) -> str:
@@ -39,7 +39,7 @@ def introduction(constants: dict, device: torch.device, storage: str) -> str:
         [
             f"{game}, {constants['NUM_ENVS']} games in step, on {machine['device']}, {machine['precision']}",
             storage,
-            f"results: {REWARDS}, {PICTURE}, {CURVES} (tensorboard --logdir={CURVES}), models: {constants['SAVE_PREFIX']}",
+            f"results: {REWARDS}, {PICTURE}, {CURVES}/ (tensorboard --logdir={CURVES}), {constants['SAVE_PREFIX']}/",
             f"Ctrl-C stops the run at any time, and the same command goes on: {command_line()}",
         ]
     )
@@ -60,7 +60,7 @@ class Log:
         form = "{percentage:3.0f}%|{bar}| {n:,}/{total:,}{postfix}"
         self._bar = tqdm(total=total, initial=min(start, total), bar_format=form, dynamic_ncols=True, disable=None)
         self._line_due = 0.0
-        self._paused = 0.0  # seconds
+        self._paused, self._stopped = 0.0, None  # seconds of evaluations, and when the one that is going on began
         self._looks = deque([(self._clock(), start)], maxlen=LOOKS)
         self._point = self._looks[0]
         self._games: list[Episode] = []  # since the last point
@@ -98,8 +98,6 @@ class Log:
         low, high = min(last.scores), max(last.scores)
         told = f"step {last.step:,}: mean score {last.mean:.1f} of {len(last.scores)} games, {low:g} to {high:g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
-        self._paused += time.perf_counter() - self._stopped
-        began = time.perf_counter()
         self._bar.update(min(last.step, self._total) - self._bar.n)
         self._collect()
         if last.step > self._point[1]:
@@ -108,11 +106,12 @@ class Log:
             self._curves.add_scalar(f"evaluation/{name}", value, last.step)
         self._curves.flush()
         draw_rewards(PICTURE, evaluations)
-        self._paused += time.perf_counter() - began
+        self._paused += time.perf_counter() - self._stopped
+        self._stopped = None
 
     def _clock(self) -> float:
         """Seconds of training."""
-        return time.perf_counter() - self._paused
+        return (self._stopped or time.perf_counter()) - self._paused
 
     def _collect(self) -> None:
         self._recent += [game.score for game in self._env.finished_games]
@@ -183,7 +182,7 @@ class Watched:
 
 
 def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, seed: int) -> None:
-    """Play a game with the model at `path` and write it, beside its Q values, as GAME. Raises ConfigError."""
+    """Play a game with the model at `path` and write it, beside its Q values, as MOVIE. Raises ConfigError."""
     try:
         about, shape, _ = read_model(path)
         env = AtariEnv(about["game"], 1, device, stack_size=shape["stack_size"], frame_skip=about["frame_skip"])
@@ -200,10 +199,10 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
     watched = Watched(agent)
     (score,) = env.evaluate(watched, 1, epsilon, seed, record=True)
     try:
-        write_whole(GAME, lambda file: save_animation(file, pictures(env, watched), env.frame_skip))
+        write_whole(MOVIE, lambda file: save_animation(file, pictures(env, watched), env.frame_skip))
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from None
-    print(f"{path}: a game of {env.game}, score {score:g}, {len(watched.values)} pictures in {GAME}", file=sys.stderr)
+    print(f"{path}: a game of {env.game}, score {score:g}, {len(watched.values)} pictures in {MOVIE}", file=sys.stderr)
 
 
 def pictures(env: AtariEnv, watched: Watched) -> Iterator[Image.Image]:
@@ -217,12 +216,12 @@ def pictures(env: AtariEnv, watched: Watched) -> Iterator[Image.Image]:
         pen = ImageDraw.Draw(picture)
         pen.fontmode = "1"  # two colours are enough, and the palette is small
         left, right = 2 * SCREEN[1] + MARGIN, picture.width - MARGIN
-        pen.text((left, 2), f"score {score:g}", WHITE)
-        pen.text((right, 2), f"step {step}", WHITE, anchor="ra")
+        pen.text((left, 2), f"score {score:g}", TEXT)
+        pen.text((right, 2), f"step {step}", TEXT, anchor="ra")
         for number, (name, value) in enumerate(zip(names, values, strict=True)):
-            y, color = 2 + LINE * (number + 2), CHOSEN if number == chosen else GRAY
+            y = 2 + LINE * (number + 2)
             width = round((value - low) / max(high - low, 1e-6) * (right - left))
-            pen.rectangle((left, y + 1, left + width, y + LINE - 1), color if number == chosen else (48, 48, 48))
-            pen.text((left + 2, y - 1), name, WHITE)
-            pen.text((right, y - 1), f"{value:.2f}", WHITE, anchor="ra")
+            pen.rectangle((left, y + 1, left + width, y + LINE - 1), CHOSEN if number == chosen else BAR)
+            pen.text((left + 2, y - 1), name, TEXT)
+            pen.text((right, y - 1), f"{value:.2f}", TEXT, anchor="ra")
         yield picture

@@ -318,14 +318,8 @@ def _read_record(values: dict) -> dict | None:
 def _new_record(values: dict) -> dict:
     """The record of a run that begins. Raises ConfigError where there are results of an earlier one."""
     models = Path(values["SAVE_PREFIX"])
-    for old in (
-        REWARDS,
-        PICTURE,
-        CURVES,
-        *models.glob("model_*"),
-        *models.glob("checkpoint_*"),
-        *Path(".").glob("eval_*"),
-    ):
+    saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
+    for old in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")):
         if old.exists():
             raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
     return {"run": uuid.uuid4().hex, "constants": values, "checkpoint": None, "finished": None, "starts": []}
