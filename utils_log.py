@@ -99,6 +99,7 @@ class Log:
         told = f"step {last.step:,}: mean score {last.mean:.1f} of {len(last.scores)} games, {low:g} to {high:g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
         self._bar.update(min(last.step, self._total) - self._bar.n)
+        self._bar.set_postfix_str(f"evaluation {last.mean:.1f}, best {best.mean:.1f}")
         self._collect()
         if last.step > self._point[1]:
             self._add_point(last.step)
@@ -194,7 +195,7 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    except (KeyError, TypeError, RuntimeError):
+    except (AttributeError, KeyError, TypeError, RuntimeError):  # whatever strange values lead to
         raise ConfigError(f"{path} does not say for which game and network it is") from None
     watched = Watched(agent)
     (score,) = env.evaluate(watched, 1, epsilon, seed, record=True)
