@@ -160,29 +160,31 @@ class AtariEnv:
         restarted = info["episode_frame_number"] < self._clock
         self._clock = info["episode_frame_number"]
         self._ages = np.where(restarted, 0, np.minimum(self._ages + 1, max(self.stack_size - 1, 1)))
-        self._note(rewards, restarted)
-        return self._row(frames, rewards)
+        clipped = np.clip(rewards, -1, 1)
+        self._note(rewards, clipped, restarted)
+        return self._row(frames, clipped)
 
     def step(self, actions: np.ndarray) -> tuple[Tensor, Transition]:
         """`send` and `recv` in one."""
         self.send(actions)
         return self.recv()
 
-    def _note(self, rewards: np.ndarray, restarted: np.ndarray) -> None:
+    def _note(self, rewards: np.ndarray, clipped: np.ndarray, restarted: np.ndarray) -> None:
         """Count the step, which is none of those that `restarted`, and note the games and lives that have ended."""
         games, lives = self._totals
         self._ended = np.flatnonzero(restarted)
         if len(self._ended):
             self.finished_games += _take(games, restarted)
             self.finished_lives += _take(lives, restarted & (lives[2] > 0))  # cut short by the limit
-        self._totals += np.stack([rewards, np.clip(rewards, -1, 1), ~restarted])
+        for row, gains in enumerate((rewards, clipped, ~restarted)):
+            self._totals[:, row] += gains
         if self._terminals.any():
             self.finished_lives += _take(lives, self._terminals)
 
     def _row(self, frames: np.ndarray, rewards: np.ndarray) -> tuple[Tensor, Transition]:
         # Two uploads a row: the frames, and everything else as one small table.
         frames = self._upload(frames[:, 0])
-        table = np.stack([self._actions, np.clip(rewards, -1, 1), self._terminals, self._ages]).astype(np.float32)
+        table = np.stack([self._actions, rewards, self._terminals, self._ages]).astype(np.float32)
         actions, rewards, terminals, ages = self._upload(table)
         row = Transition(frames, actions.long(), rewards, terminals.bool(), ages.long())
         earlier = self._states[:, 1:] * (row.ages > 0)[:, None, None, None]

@@ -56,7 +56,7 @@ class Log:
         # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
         self._curves = SummaryWriter(str(CURVES), max_queue=1000, purge_step=start + 1 if start else 0)
         if run.evaluations:
-            draw_rewards(PICTURE, run.evaluations)
+            self._draw()
         form = "{percentage:3.0f}%|{bar}| {n:,}/{total:,}{postfix}"
         self._bar = tqdm(total=total, initial=min(start, total), bar_format=form, dynamic_ncols=True, disable=None)
         self._line_due = 0.0
@@ -93,8 +93,8 @@ class Log:
 
     def evaluated(self) -> None:
         """Tell of the run's last evaluation, and let the clock go on."""
-        *_, last = evaluations = self._run.evaluations
-        best = max(evaluations, key=lambda evaluation: evaluation.mean)
+        self._draw()
+        last, best = self._run.evaluations[-1], self._best
         low, high = min(last.scores), max(last.scores)
         told = f"step {last.step:,}: mean score {last.mean:.1f} of {len(last.scores)} games, {low:g} to {high:g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
@@ -106,9 +106,12 @@ class Log:
         for name, value in {"mean": last.mean, "least": low, "most": high}.items():
             self._curves.add_scalar(f"evaluation/{name}", value, last.step)
         self._curves.flush()
-        draw_rewards(PICTURE, evaluations)
         self._paused += time.perf_counter() - self._stopped
         self._stopped = None
+
+    def _draw(self) -> None:
+        self._best = max(self._run.evaluations, key=lambda evaluation: evaluation.mean)
+        draw_rewards(PICTURE, self._run.evaluations)
 
     def _clock(self) -> float:
         """Seconds of training."""
@@ -124,8 +127,7 @@ class Log:
         rate = (step - first) / (now - before)
         left = timedelta(seconds=round(max(self._total - step, 0) / rate))
         games = f"games {np.mean(self._recent):.1f}" if self._recent else "no game over yet"
-        best = max(evaluation.mean for evaluation in self._run.evaluations)
-        scores = f"{games}, evaluation {self._run.evaluations[-1].mean:.1f}, best {best:.1f}"
+        scores = f"{games}, evaluation {self._run.evaluations[-1].mean:.1f}, best {self._best.mean:.1f}"
         learning = "warming up" if loss is None else f"loss {float(loss):.4f}"
         return f"{rate:,.0f} steps/s, {left} left, {scores}, {learning}, epsilon {self._agent.epsilon:.3f}"
 
