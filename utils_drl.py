@@ -114,9 +114,7 @@ def flatten(network: DQN) -> tuple[torch.nn.Parameter, list[Tensor]]:
 
 
 LARGEST_DRAW = 1024  # transitions that are drawn at once, 58 MB of frames
-
-
-STATISTICS = ("loss", "q_value", "td_error", "gradient_norm")  # TD errors without their sign
+STATISTICS = ("loss", "q_value", "td_error", "gradient_norm")  # of an update: means over its batch, TD errors unsigned
 
 
 class Agent:
@@ -173,7 +171,7 @@ class Agent:
         self._acting: dict[int, Tensor] = {}  # by the number of states, where the graph looks for them
         self._rng = np.random.default_rng(seed)
         self._trained_steps = 0
-        self._sums = torch.zeros(len(STATISTICS) + 1, dtype=exact, device=self.device)  # over updates, and their number
+        self._sums, self._summed = torch.zeros(len(STATISTICS), dtype=exact, device=self.device), 0
 
     @property
     def epsilon(self) -> float:
@@ -233,6 +231,7 @@ class Agent:
                 loss = self._graphed(key, partial(self._learn, *key), [memory.generator])
             else:
                 loss = self._learn(memory, batch_size, part)
+            self._summed += 1
         return loss
 
     def _graphed(self, key: Hashable, function: Callable[[], Tensor], generators=()) -> Tensor:
@@ -253,14 +252,14 @@ class Agent:
         batch = memory.sample(batch_size, updates)
         with torch.no_grad():
             next_values = self._network(self.target)(batch.next_states)
-        parts = zip(*(values.split(batch_size) for values in (*batch, next_values)), strict=True)
-        results = [self._update(Batch(*part[:-1]), part[-1]) for part in parts]
-        losses, q_values, td_errors = map(torch.stack, zip(*results, strict=True))
-        memory.update_priorities(batch.indices, td_errors.flatten())
-        norm = self._weights.grad.norm()  # of the last update, for all: it costs more than the rest
-        means = torch.stack([losses.mean(), q_values.mean(), td_errors.abs().mean(), norm, torch.ones_like(norm)])
-        self._sums.add_(means, alpha=updates)
-        return losses[-1]
+        td_errors = []
+        for part in zip(*(values.split(batch_size) for values in (*batch, next_values)), strict=True):
+            loss, q_values, errors = self._update(Batch(*part[:-1]), part[-1])
+            td_errors.append(errors)
+        memory.update_priorities(batch.indices, torch.cat(td_errors))
+        # The last update speaks for all, so that this costs next to nothing.
+        self._sums += torch.stack([loss, q_values.mean(), errors.abs().mean(), self._weights.grad.norm()])
+        return loss
 
     def _update(self, batch: Batch, next_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step of Adam, given the target network's `next_values`; loss, Q values [B], unweighted TD errors [B]."""
@@ -292,10 +291,16 @@ class Agent:
                 target.copy_(policy)
 
     def read_statistics(self) -> dict[str, float]:
-        """Means over the updates since the last call, by their names; none without updates. Waits for the device."""
-        *sums, updates = self._sums.tolist()
+        """STATISTICS since they were last read: means over the last update of each turn. Waits for the device.
+
+        Empty if there was no update.
+        """
+        if not self._summed:
+            return {}
+        means = (self._sums / self._summed).tolist()
         self._sums.zero_()
-        return {name: total / updates for name, total in zip(STATISTICS, sums, strict=True)} if updates else {}
+        self._summed = 0
+        return dict(zip(STATISTICS, means, strict=True))
 
     def is_finite(self) -> bool:
         """Whether every weight is a number. Waits for the device."""

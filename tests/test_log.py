@@ -114,14 +114,14 @@ def test_an_agents_statistics_are_means_over_the_updates_since_they_were_last_re
     assert agent.read_statistics() == {}
 
 
-def test_several_updates_at_once_count_as_many():
+def test_of_several_updates_at_once_the_last_one_counts():
     memory = filled(ReplayMemory, 30)
     agent = Agent(4, dtype=torch.float64)
-    five, two = memory.sample(8, 5), memory.sample(8, 2)
-    fixed = Fixed([five, two])
-    agent.learn(fixed, 8, 5)
-    agent.learn(fixed, 8, 2)
-    assert agent.read_statistics()["td_error"] == pytest.approx(torch.cat(fixed.td_errors).abs().mean().item())
+    fixed = Fixed([memory.sample(8, 5), memory.sample(8, 2)])
+    losses = [agent.learn(fixed, 8, updates).item() for updates in (5, 2)]
+    told = agent.read_statistics()
+    last = torch.cat([errors[-8:] for errors in fixed.td_errors])
+    assert (told["loss"], told["td_error"]) == pytest.approx((np.mean(losses), last.abs().mean().item()))
 
 
 @pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
