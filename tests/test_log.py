@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -316,8 +317,8 @@ def test_a_terminal_gets_a_bar_with_a_clean_line_per_evaluation_above_it(monkeyp
     monkeypatch.setenv("COLUMNS", "200")
     with parts.log(total=3_000) as log:
         parts.finished_games += [Episode(4, 1, 1), Episode(5, 1, 1)]
+        time.sleep(0.2)  # a bar moves at most ten times a second
         log.show(1_000, torch.tensor(0.125))
-        log._bar.refresh()
         parts.evaluations.append(Evaluation(1, 2_000, 1.0, [0.0, 3.0]))
         log.evaluating(10)
         log.evaluated()
