@@ -7,12 +7,13 @@ iteration of the loop is NUM_ENVS steps. Every count below is in steps unless it
 import sys
 
 import torch
-from tqdm import tqdm
 
 import utils_config
+import utils_log
 import utils_run
 from utils_drl import Agent
 from utils_env import AtariEnv
+from utils_log import Log
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 
 # The experiment
@@ -48,6 +49,7 @@ EVALUATE_FREQ: int = 100_000  # steps between evaluations
 EVAL_EPISODES: int = 10  # games per evaluation
 EVAL_EPS: float = 0.05  # probability of a random action in them; never 0, or a greedy Breakout agent may wait for ever
 RENDER: bool = False  # write one evaluation game as pictures and an animation, eval_000/ and eval_000.gif
+PLAY: str = ""  # a model such as models/model_008: play a game with it, write that as play.gif, and train nothing
 SAVE_PREFIX: str = "./models"  # directory of the models and checkpoints
 CHECKPOINT_FREQ: int = 1_000_000  # steps between checkpoints, from which the same command goes on; games restart there
 
@@ -61,11 +63,14 @@ CUDA_GRAPHS: bool = True  # on a GPU: record acting and learning once and replay
 def main() -> None:
     utils_config.check(globals())
     device = utils_config.choose_device(DEVICE)
+    dtype = utils_config.prepare(device, PRECISION, THREADS)
+    if PLAY:
+        utils_log.play(PLAY, device, dtype, EVAL_EPS, SEED)
+        return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
-    dtype = utils_config.prepare(device, PRECISION, THREADS)
     with utils_run.open_run(globals(), device, Memory.needed_bytes(MEM_SIZE, NUM_ENVS)) as run:
-        print(sentence, file=sys.stderr)
+        print(utils_log.introduction(globals(), device, sentence), file=sys.stderr)
         if MAX_STEPS <= WARM_STEPS:
             print(
                 f"nothing will be learned: MAX_STEPS ({MAX_STEPS}) ends before WARM_STEPS ({WARM_STEPS})",
@@ -119,15 +124,15 @@ def train(
         if not (due(step, EVALUATE_FREQ) or step >= MAX_STEPS) or run.evaluated(step):
             return
         number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))
-        progress.set_postfix_str(f"evaluating {EVAL_EPISODES} games")
+        log.evaluating(EVAL_EPISODES)
         with run.evaluation(step, loss):
             scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
             if RENDER:
                 env.save_recording(f"eval_{number:03d}")
-        agent.save(run.models / f"model_{number:03d}", game=env.game, step=step, score=float(scores.mean()))
-        run.report(number, step, scores.mean())
-        progress.write(f"step {step:,}: mean score {scores.mean():.1f} of {EVAL_EPISODES} games", file=sys.stderr)
-        progress.unpause()  # the rate is that of training
+        about = {"game": env.game, "frame_skip": FRAME_SKIP, "step": step, "score": float(scores.mean())}
+        agent.save(run.models / f"model_{number:03d}", **about)
+        run.report(number, step, scores)
+        log.evaluated()
 
     def restart(step: int) -> torch.Tensor:
         """Start the games and all random numbers anew, from SEED and `step` alone, and return the games' states."""
@@ -138,7 +143,7 @@ def train(
         return states
 
     start = run.resume(agent, memory)
-    with tqdm(total=MAX_STEPS, initial=min(start, MAX_STEPS), unit=" steps") as progress:
+    with Log(run, env, agent, memory, start, MAX_STEPS) as log:
         evaluate(start)
         states = restart(start)
         for step in range(start + NUM_ENVS, MAX_STEPS + NUM_ENVS, NUM_ENVS):
@@ -147,7 +152,7 @@ def train(
             env.send(actions)  # ... the emulators start on their own threads ...
             if due(step, SHOW_FREQ):
                 run.check(step, loss)
-                show(progress, agent, env, loss)
+                log.show(step, loss)
             if training and (updates := due(step, POLICY_UPDATE)):
                 loss = agent.learn(memory, BATCH_SIZE, updates)  # ... and the learner works meanwhile
             states, row = env.recv()
@@ -157,23 +162,14 @@ def train(
             evaluate(step)
             if run.pause(step, loss):  # a checkpoint was written
                 states = restart(step)
-            progress.update(min(NUM_ENVS, MAX_STEPS - progress.n))
 
 
-SHOW_FREQ = 1_000  # steps between looks at the loss for the bar; the device is idle then, so they cost next to nothing
+SHOW_FREQ = 1_000  # steps between looks at how things stand; the device is idle then, so they cost next to nothing
 
 
 def due(step: int, every: int) -> int:
     """How many multiples of `every` the iteration that ends at `step` has passed."""
     return step // every - (step - NUM_ENVS) // every
-
-
-def show(progress: tqdm, agent: Agent, env: AtariEnv, loss) -> None:
-    """Put epsilon, the last finished game's score and the last loss beside the bar."""
-    del env.finished_scores[:-1]
-    score = f"{env.finished_scores[0]:.0f}" if env.finished_scores else "-"
-    loss = f"warming up until {WARM_STEPS:,}" if loss is None else f"loss {float(loss):.4f}"
-    progress.set_postfix_str(f"epsilon {agent.epsilon:.3f}, score {score}, {loss}", refresh=False)
 
 
 if __name__ == "__main__":

@@ -296,16 +296,23 @@ def out_of_memory(error: Exception) -> bool:
 
 def describe_start(device: torch.device, constants: dict) -> dict:
     """What there is to know about a start of the program with `constants` on `device`."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "command": command_line(),
-        "device": f"{device} ({platform.machine()}, {name}), {torch.get_num_threads()} threads",
-        "precision": str(choose_dtype(constants["PRECISION"], device)).removeprefix("torch."),
+        **describe_device(device, constants["PRECISION"]),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def describe_device(device: torch.device, precision: str) -> dict[str, str]:
+    """What computes, and how."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": f"{device} ({platform.machine()}, {name}), {torch.get_num_threads()} threads",
+        "precision": str(choose_dtype(precision, device)).removeprefix("torch."),
     }
 
 

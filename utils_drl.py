@@ -114,6 +114,7 @@ def flatten(network: DQN) -> tuple[torch.nn.Parameter, list[Tensor]]:
 
 
 LARGEST_DRAW = 1024  # transitions that are drawn at once, 58 MB of frames
+STATISTICS = ("loss", "q_value", "td_error", "gradient_norm")  # of an update: means over its batch, TD errors unsigned
 
 
 class Agent:
@@ -170,6 +171,7 @@ class Agent:
         self._acting: dict[int, Tensor] = {}  # by the number of states, where the graph looks for them
         self._rng = np.random.default_rng(seed)
         self._trained_steps = 0
+        self._sums, self._summed = torch.zeros(len(STATISTICS), dtype=exact, device=self.device), 0
 
     @property
     def epsilon(self) -> float:
@@ -207,9 +209,13 @@ class Agent:
         fixed = self._acting[len(states)].copy_(states)
         return self._graphed(len(states), partial(self._best, fixed))
 
-    @torch.no_grad()
     def _best(self, states: Tensor) -> Tensor:
-        return self._network(self.policy)(states).mean(2).argmax(1)
+        return self.values(states).argmax(1)
+
+    @torch.no_grad()
+    def values(self, states: Tensor) -> Tensor:
+        """The policy's Q values [N, A] of `states` [N, S, 84, 84] uint8."""
+        return self._network(self.policy)(states).mean(2)
 
     def learn(self, memory, batch_size: int, updates: int = 1) -> Tensor:
         """`updates` updates, each from its own `batch_size` transitions, whose priorities then follow the TD errors.
@@ -225,6 +231,7 @@ class Agent:
                 loss = self._graphed(key, partial(self._learn, *key), [memory.generator])
             else:
                 loss = self._learn(memory, batch_size, part)
+            self._summed += 1
         return loss
 
     def _graphed(self, key: Hashable, function: Callable[[], Tensor], generators=()) -> Tensor:
@@ -247,13 +254,15 @@ class Agent:
             next_values = self._network(self.target)(batch.next_states)
         td_errors = []
         for part in zip(*(values.split(batch_size) for values in (*batch, next_values)), strict=True):
-            loss, errors = self._update(Batch(*part[:-1]), part[-1])
+            loss, q_values, errors = self._update(Batch(*part[:-1]), part[-1])
             td_errors.append(errors)
         memory.update_priorities(batch.indices, torch.cat(td_errors))
+        # The last update speaks for all, so that this costs next to nothing.
+        self._sums += torch.stack([loss, q_values.mean(), errors.abs().mean(), self._weights.grad.norm()])
         return loss
 
-    def _update(self, batch: Batch, next_values: Tensor) -> tuple[Tensor, Tensor]:
-        """One step of Adam, given the target network's `next_values`; the loss and the unweighted TD errors [B]."""
+    def _update(self, batch: Batch, next_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of Adam, given the target network's `next_values`; loss, Q values [B], unweighted TD errors [B]."""
         network = self._network(self.policy)
         with torch.no_grad():
             choice = network(batch.next_states) if self.double_dqn else next_values
@@ -264,7 +273,8 @@ class Agent:
         torch._foreach_copy_(self._gradients, gradients)
         self._weights.grad.clamp_(-1, 1)
         self._optimizer.step()
-        return loss.detach(), values.detach().mean(1) - targets.mean(1)
+        q_values = values.detach().mean(1)
+        return loss.detach(), q_values, q_values - targets.mean(1)
 
     def _network(self, network: DQN) -> DQN:
         """The one that computes for `network`: itself, or the rounded one with a fresh copy of its parameters."""
@@ -279,6 +289,18 @@ class Agent:
         with torch.no_grad():
             for target, policy in zip(self.target.parameters(), self.policy.parameters(), strict=True):
                 target.copy_(policy)
+
+    def read_statistics(self) -> dict[str, float]:
+        """STATISTICS since they were last read: means over the last update of each turn. Waits for the device.
+
+        Empty if there was no update.
+        """
+        if not self._summed:
+            return {}
+        means = (self._sums / self._summed).tolist()
+        self._sums.zero_()
+        self._summed = 0
+        return dict(zip(STATISTICS, means, strict=True))
 
     def is_finite(self) -> bool:
         """Whether every weight is a number. Waits for the device."""
@@ -312,20 +334,9 @@ class Agent:
     def load(self, path: str | os.PathLike) -> dict:
         """Load weights that `save` wrote into both networks and return what was saved `about` them.
 
-        Only tensors and plain values are read: a file from a stranger runs no code. Raises ValueError for a file
-        that is no model, is damaged, or is of another shape, and OSError for one that cannot be read.
+        Raises as `read_model` does, and ValueError for a network of another shape.
         """
-        try:
-            with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-                if damaged := archive.testzip():
-                    raise ValueError(f"its part {damaged} is damaged")
-            saved = torch.load(path, map_location=self.device, weights_only=True)
-            shape, about = saved["shape"], saved["about"]
-            weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
-        except OSError:
-            raise
-        except Exception as error:  # a damaged file raises any of a dozen kinds
-            raise ValueError(f"{os.fspath(path)} is not a model of this program, or it is damaged") from error
+        about, shape, weights = read_model(path, self.device)
         if shape != self.shape:
             raise ValueError(f"{os.fspath(path)} holds a network of {shape}, this one is of {self.shape}")
         mine = self.policy.state_dict()
@@ -334,6 +345,25 @@ class Agent:
         self.policy.load_state_dict(weights)
         self.sync()
         return about
+
+
+def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[dict, dict, dict[str, Tensor]]:
+    """What `Agent.save` wrote: about the weights, their network's shape, and the weights on `device`.
+
+    Only tensors and plain values are read: a file from a stranger runs no code. Raises ValueError for a file that is
+    no model or is damaged, and OSError for one that cannot be read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if damaged := archive.testzip():
+                raise ValueError(f"its part {damaged} is damaged")
+        saved = torch.load(path, map_location=device, weights_only=True)
+        weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
+        return saved["about"], saved["shape"], weights
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file raises any of a dozen kinds
+        raise ValueError(f"{os.fspath(path)} is not a model of this program, or it is damaged") from error
 
 
 def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:

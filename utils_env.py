@@ -2,16 +2,19 @@
 
 import difflib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
+from gymnasium.spaces import Box
+from gymnasium.vector.utils import batch_space
 from PIL import Image
 from torch import Tensor
 
-from utils_types import Transition
+from utils_types import FRAME_SHAPE, Episode, Transition
 
 TWO_PLAYERS_ONLY = ("combat", "joust", "maze_craze", "warlords")  # the vectoriser ends the process over these
 SCREEN = (210, 160)  # rows and columns of a true-colour frame
@@ -52,6 +55,9 @@ class AtariEnv:
     - A stack never mixes two games; where a game has no earlier frames it is black.
 
     `send` and `recv` are the halves of `step`: between them the emulators work and the caller is free to do so too.
+
+    The spaces are named as in gymnasium's vector environments, and hold what `reset` and `step` return as states and
+    take as actions; what else these return is a row for the memory in place of gymnasium's rewards, ends and infos.
     """
 
     def __init__(
@@ -81,13 +87,18 @@ class AtariEnv:
             reward_clipping=False,  # clipping inside would lose the score
             life_loss_info=True,  # episodic_life would restart the whole game and hide the later lives' states
         )
+        self.single_observation_space = Box(0, 255, (stack_size, *FRAME_SHAPE), np.uint8)
+        self.single_action_space = self._emulators.single_action_space
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
         self._meanings = [action.name for action in self._emulators.ale.get_action_set()]
         self._fire = self._meanings.index("FIRE") if "FIRE" in self._meanings else None
         self._in_flight = False
         self._lives = 0
-        self._replay: Iterator[np.ndarray] = iter(())
+        self._replay: Iterator[tuple[np.ndarray, float]] = iter(())
         self._evaluations: dict[tuple[int, int], AtariEnv] = {}
-        self.finished_scores: list[float] = []  # raw scores of games as they end, for the caller to read and clear
+        self.finished_games: list[Episode] = []  # as they end, for the caller to read and clear
+        self.finished_lives: list[Episode] = []  # the same
 
     def get_action_dim(self) -> int:
         """The number of actions of the game's minimal action set."""
@@ -110,7 +121,7 @@ class AtariEnv:
         self._lives = int(info["lives"][0])
         self._clock = info["episode_frame_number"]
         self._ages = np.zeros(self.num_envs, np.int64)
-        self._scores = np.zeros(self.num_envs)
+        self._totals = np.zeros((2, len(Episode._fields), self.num_envs))  # of the running games and of their lives
         self._terminals = np.zeros(self.num_envs, bool)
         self._actions = np.zeros(self.num_envs, np.int64)
         self._states = torch.zeros(
@@ -149,20 +160,31 @@ class AtariEnv:
         restarted = info["episode_frame_number"] < self._clock
         self._clock = info["episode_frame_number"]
         self._ages = np.where(restarted, 0, np.minimum(self._ages + 1, max(self.stack_size - 1, 1)))
-        self._ended = [(int(game), float(self._scores[game])) for game in np.flatnonzero(restarted)]
-        self.finished_scores += [score for _, score in self._ended]
-        self._scores = np.where(restarted, 0.0, self._scores + rewards)
-        return self._row(frames, rewards)
+        clipped = np.clip(rewards, -1, 1)
+        self._note(rewards, clipped, restarted)
+        return self._row(frames, clipped)
 
     def step(self, actions: np.ndarray) -> tuple[Tensor, Transition]:
         """`send` and `recv` in one."""
         self.send(actions)
         return self.recv()
 
+    def _note(self, rewards: np.ndarray, clipped: np.ndarray, restarted: np.ndarray) -> None:
+        """Count the step, which is none of those that `restarted`, and note the games and lives that have ended."""
+        games, lives = self._totals
+        self._ended = np.flatnonzero(restarted)
+        if len(self._ended):
+            self.finished_games += _take(games, restarted)
+            self.finished_lives += _take(lives, restarted & (lives[2] > 0))  # cut short by the limit
+        for row, gains in enumerate((rewards, clipped, ~restarted)):
+            self._totals[:, row] += gains
+        if self._terminals.any():
+            self.finished_lives += _take(lives, self._terminals)
+
     def _row(self, frames: np.ndarray, rewards: np.ndarray) -> tuple[Tensor, Transition]:
         # Two uploads a row: the frames, and everything else as one small table.
         frames = self._upload(frames[:, 0])
-        table = np.stack([self._actions, np.clip(rewards, -1, 1), self._terminals, self._ages]).astype(np.float32)
+        table = np.stack([self._actions, rewards, self._terminals, self._ages]).astype(np.float32)
         actions, rewards, terminals, ages = self._upload(table)
         row = Transition(frames, actions.long(), rewards, terminals.bool(), ages.long())
         earlier = self._states[:, 1:] * (row.ages > 0)[:, None, None, None]
@@ -203,10 +225,11 @@ class AtariEnv:
             if np.isnan(scores[0]):
                 played.append(games._actions[0])
             states, _ = games.recv()
-            for game, score in games._ended:
+            for game, ended in zip(games._ended, games.finished_games, strict=True):
                 if np.isnan(scores[game]):  # a game that is over starts again and plays on, uncounted
-                    scores[game] = score
-        games.finished_scores.clear()
+                    scores[game] = ended.score
+            games.finished_games.clear()
+        games.finished_lives.clear()
         if record:
             self._replay = _replay(self.game, self.frame_skip, max_frames, games._seeds[0], played[:-1])
         return scores
@@ -227,7 +250,12 @@ class AtariEnv:
 
     def get_frame(self) -> np.ndarray | None:
         """The next true-colour frame [210, 160, 3] uint8 of the recorded game, one per step; None after the last."""
-        return next(self._replay, None)
+        frame, _ = next(self._replay, (None, 0.0))
+        return frame
+
+    def get_recording(self) -> Iterator[tuple[np.ndarray, float]]:
+        """What `get_frame` has yet to show, each frame with the score that the game then has."""
+        return self._replay
 
     def save_recording(self, directory: str | pathlib.Path) -> None:
         """Write the recorded game as `directory`/000000.png ... and, beside it, as the animation `directory`.gif.
@@ -235,27 +263,43 @@ class AtariEnv:
         Raises ValueError if no evaluation was recorded since the last time.
         """
         directory = pathlib.Path(directory)
-        images = []
-        for number, frame in enumerate(self._replay):
-            directory.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(frame)
-            image.save(directory / f"{number:06d}.png")
-            # An Atari shows at most 128 colours, so a palette loses nothing; twice the width makes its pixels square.
-            images.append(
-                image.quantize(256, dither=Image.Dither.NONE).resize(
-                    (2 * SCREEN[1], SCREEN[0]), Image.Resampling.NEAREST
-                )
-            )
-        if not images:
-            raise ValueError("nothing to write: no evaluation was recorded since the last time")
-        duration = round(1000 * self.frame_skip / FRAMES_PER_SECOND, -1)  # GIF counts hundredths of a second
-        images[0].save(
-            directory.with_suffix(".gif"), save_all=True, append_images=images[1:], duration=duration, loop=0
-        )
+
+        def screens() -> Iterator[Image.Image]:
+            for number, (frame, _) in enumerate(self._replay):
+                directory.mkdir(parents=True, exist_ok=True)
+                image = Image.fromarray(frame)
+                image.save(directory / f"{number:06d}.png")
+                yield widen(image)
+
+        save_animation(directory.with_suffix(".gif"), screens(), self.frame_skip)
 
 
-def _replay(game: str, frame_skip: int, max_frames: int, seed: int, actions: list[int]) -> Iterator[np.ndarray]:
-    """Yield the true-colour frames of the game that `seed` starts and `actions` play: the emulator is deterministic."""
+def widen(screen: Image.Image) -> Image.Image:
+    """The screen with square pixels, as a television shows it: twice as wide."""
+    return screen.resize((2 * SCREEN[1], SCREEN[0]), Image.Resampling.NEAREST)
+
+
+def save_animation(file: pathlib.Path | BinaryIO, images: Iterable[Image.Image], frame_skip: int) -> None:
+    """Write `images`, one per step, as a GIF at the game's own speed. Raises ValueError if there are none."""
+    # An Atari shows at most 128 colours, so a palette loses nothing.
+    frames = [image.quantize(256, dither=Image.Dither.NONE) for image in images]
+    if not frames:
+        raise ValueError("nothing to write: no evaluation was recorded since the last time")
+    duration = round(1000 * frame_skip / FRAMES_PER_SECOND, -1)  # GIF counts hundredths of a second
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+
+def _take(totals: np.ndarray, ended: np.ndarray) -> list[Episode]:
+    """The totals [3, N] of those that `ended` [N], which begin anew."""
+    episodes = [Episode(*values) for values in totals[:, ended].T.tolist()]
+    totals[:, ended] = 0
+    return episodes
+
+
+def _replay(
+    game: str, frame_skip: int, max_frames: int, seed: int, actions: list[int]
+) -> Iterator[tuple[np.ndarray, float]]:
+    """The game that `seed` starts and `actions` play, in true colour, with its score: an emulator is deterministic."""
     screen = AtariVectorEnv(
         game,
         1,
@@ -266,9 +310,12 @@ def _replay(game: str, frame_skip: int, max_frames: int, seed: int, actions: lis
         grayscale=False,
         img_height=SCREEN[0],
         img_width=SCREEN[1],
+        reward_clipping=False,
     )
     frames, _ = screen.reset(seed=int(seed))
-    yield frames[0, 0]
+    score = 0.0
+    yield frames[0, 0], score
     for action in actions:
-        frames = screen.step(np.array([action]))[0]
-        yield frames[0, 0]
+        frames, rewards, *_ = screen.step(np.array([action]))
+        score += float(rewards[0])
+        yield frames[0, 0], score

@@ -169,6 +169,10 @@ class ReplayMemory:
     def update_priorities(self, indices: Tensor, td_errors: Tensor) -> None:
         """Uniform replay has no priorities."""
 
+    def read_statistics(self) -> dict[str, float]:
+        """Nothing to tell of uniform replay."""
+        return {}
+
     def reseed(self, seed: int | list[int]) -> None:
         """Draw from a new random sequence from here on."""
         words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
@@ -306,6 +310,25 @@ class PrioritizedReplayMemory(ReplayMemory):
         first, last = self._window()
         there = (indices >= first) & (indices < last)
         return self._tree.priorities(indices % self.capacity) * there
+
+    def read_statistics(self) -> dict[str, float]:
+        """Beta, the priorities, and what is drawn by them now. Waits for the device.
+
+        The effective sample size (Kish 1965) is the number of transitions if all were drawn equally often, and less the
+        more some of them dominate. The mean age is that of the draws, in steps since they were stored.
+        """
+        slots = torch.arange(self.capacity, device=self.device)
+        priorities = self._tree.priorities(slots)
+        ages = (self._count * self.num_envs - 1 - slots) % self.capacity
+        total = priorities.sum()
+        statistics = {
+            "beta": self._beta(),
+            "effective_sample_size": total**2 / (priorities**2).sum(),
+            "largest_priority": priorities.max(),
+            "mean_priority": total / (priorities > 0).sum(),
+            "mean_age": (priorities * ages).sum() / total,
+        }
+        return dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
 
     def state_dict(self) -> dict:
         """As of the uniform memory, with the priorities."""

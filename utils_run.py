@@ -13,11 +13,14 @@ import os
 import shutil
 import signal
 import sys
+import time
 import uuid
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -25,9 +28,9 @@ from tqdm import tqdm
 from utils_config import ConfigError, Stopped, check_disk, command_line, constants, describe_start, out_of_memory
 from utils_drl import write_whole
 
-RECORD, REWARDS = Path("run.json"), Path("rewards.txt")
+RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 FREE = ("THREADS", "RENDER")  # constants that may change when a run goes on; the first changes rounding
-ELSEWHERE = f"start in another directory, or move {RECORD}, {REWARDS}, eval_* and what is in SAVE_PREFIX away"
+ELSEWHERE = f"start in another directory, or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -71,13 +74,33 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
             raise run.stopped(cause, "free some and give the same command again") from error
 
 
+class Evaluation(NamedTuple):
+    """What an evaluation found."""
+
+    number: int
+    step: int
+    minutes: float  # that the run had worked for
+    scores: list[float]  # of its games
+
+    @property
+    def mean(self) -> float:
+        """The mean score."""
+        return float(np.mean(self.scores))
+
+    @property
+    def row(self) -> str:
+        """The line of rewards.txt."""
+        return f"{self.number:3d} {self.step:8d} {self.mean:.1f}\n"
+
+
 class Run:
     """One run, from its first start to its end; made by `open_run`."""
 
     def __init__(self, record: dict, values: dict, device: torch.device):
         self.models = Path(values["SAVE_PREFIX"])
         self._record, self._constants, self._device = record, values, device
-        self._rows: list[str] = []  # of rewards.txt
+        self.evaluations: list[Evaluation] = []
+        self._began = time.monotonic()  # less what the run had worked for before
         self._step = 0  # of the state that a checkpoint would hold now
         self._signal = 0
         self._abort = False  # whether a signal may end what is going on
@@ -91,7 +114,7 @@ class Run:
         refused, good = {}, None
         for path in reversed(self._checkpoints()):
             try:
-                self._step, self._rows = self._load(path)
+                self._load(path)
                 good = path
                 break
             except Exception as error:  # a damaged file raises any of a dozen kinds
@@ -113,7 +136,7 @@ class Run:
 
     def evaluated(self, step: int) -> bool:
         """Whether rewards.txt has a row for `step`."""
-        return bool(self._rows) and int(self._rows[-1].split()[1]) == step
+        return bool(self.evaluations) and self.evaluations[-1].step == step
 
     @contextlib.contextmanager
     def evaluation(self, step: int, loss: Tensor | None) -> Iterator[None]:
@@ -129,14 +152,14 @@ class Run:
         except KeyboardInterrupt:
             self._leave()
 
-    def report(self, number: int, step: int, score: float) -> None:
-        """Append a row to rewards.txt."""
-        row = f"{number:3d} {step:8d} {score:.1f}\n"
+    def report(self, number: int, step: int, scores: np.ndarray) -> None:
+        """Append a row to rewards.txt, with the mean of the games' `scores`."""
+        evaluation = Evaluation(number, step, self._minutes(), scores.tolist())
         with open(REWARDS, "a") as file:
-            file.write(row)
+            file.write(evaluation.row)
             file.flush()
             os.fsync(file.fileno())
-        self._rows.append(row)
+        self.evaluations.append(evaluation)
 
     def check(self, step: int, loss: Tensor | None, weights: bool = False) -> None:
         """Raise Stopped if `loss`, or with `weights` one of the agent's, is not finite. Waits for the device."""
@@ -187,6 +210,9 @@ class Run:
             self._save()
         raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", 128 + self._signal)
 
+    def _minutes(self) -> float:
+        return (time.monotonic() - self._began) / 60
+
     def _path(self, step: int) -> Path:
         return self.models / f"checkpoint_{step:010d}"
 
@@ -195,7 +221,8 @@ class Run:
         return sorted(self.models.glob("checkpoint_" + 10 * "[0-9]"))
 
     def _save(self) -> None:
-        state = {"run": self._record["run"], "constants": self._constants, "step": self._step, "rows": self._rows}
+        state = {"run": self._record["run"], "constants": self._constants, "step": self._step}
+        state |= {"minutes": self._minutes(), "evaluations": [tuple(evaluation) for evaluation in self.evaluations]}
         state |= {"agent": self._agent.state_dict(), "memory": self._memory.state_dict()}
         write_whole(self._path(self._step), lambda file: torch.save(state, file))
         self._record["checkpoint"] = self._step
@@ -203,8 +230,8 @@ class Run:
         for old in self._checkpoints()[:-2]:
             old.unlink()
 
-    def _load(self, path: Path) -> tuple[int, list[str]]:
-        """Load the checkpoint at `path` into agent and memory; return its step and rows. Runs no code out of it."""
+    def _load(self, path: Path) -> None:
+        """Load the checkpoint at `path` into the run, its agent and its memory. Runs no code out of it."""
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not look at the checksums
                 raise _Refused("it is damaged")
@@ -217,7 +244,8 @@ class Run:
             raise _Refused(f"it was written as {self._path(state['step']).name}")
         self._agent.load_state_dict(state["agent"])
         self._memory.load_state_dict(state["memory"])
-        return state["step"], state["rows"]
+        self.evaluations = [Evaluation(*evaluation) for evaluation in state["evaluations"]]
+        self._step, self._began = state["step"], time.monotonic() - 60 * state["minutes"]
 
     def _announce(self, good: Path | None, refused: dict[Path, str]) -> None:
         """Say where the run goes on, and set aside what was refused. Raises ConfigError if nothing good is left."""
@@ -238,15 +266,16 @@ class Run:
 
     def _clean(self) -> None:
         """Take back what was written after the checkpoint, but the models: each is written over in its turn."""
-        if self._rows:
-            write_whole(REWARDS, lambda file: file.write("".join(self._rows).encode()))
+        if self.evaluations:
+            rows = "".join(evaluation.row for evaluation in self.evaluations)
+            write_whole(REWARDS, lambda file: file.write(rows.encode()))
         else:
             REWARDS.unlink(missing_ok=True)
         for half in self.models.glob("checkpoint_*.tmp"):
             half.unlink()
         for pictures in Path(".").glob("eval_*/"):
             number = pictures.name.removeprefix("eval_")
-            if number.isdigit() and int(number) >= len(self._rows):
+            if number.isdigit() and int(number) >= len(self.evaluations):
                 shutil.rmtree(pictures)
 
     def _write_record(self) -> None:
@@ -288,7 +317,8 @@ def _read_record(values: dict) -> dict | None:
 def _new_record(values: dict) -> dict:
     """The record of a run that begins. Raises ConfigError where there are results of an earlier one."""
     models = Path(values["SAVE_PREFIX"])
-    for old in (REWARDS, *models.glob("model_*"), *models.glob("checkpoint_*"), *Path(".").glob("eval_*")):
+    saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
+    for old in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")):
         if old.exists():
             raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
     return {"run": uuid.uuid4().hex, "constants": values, "checkpoint": None, "finished": None, "starts": []}

@@ -31,3 +31,11 @@ class Batch(NamedTuple):
     discounts: Tensor  # [B] float32, gamma^k after k steps, 0 where the life or game ended inside them
     weights: Tensor  # [B] float32, importance weights, 1 for uniform replay
     indices: Tensor  # [B] int64, where the memory finds these transitions again
+
+
+class Episode(NamedTuple):
+    """What was gained in one game, or in one life of it."""
+
+    score: float  # the game's own points
+    clipped: float  # the sum of the rewards clipped to [-1, 1]
+    steps: float

@@ -29,6 +29,7 @@ import main
 import utils_config
 from utils_drl import Agent, write_whole
 from utils_env import AtariEnv
+from utils_log import Log
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition
 
@@ -99,7 +100,7 @@ def loop(prioritized: bool) -> float:
         "EVAL_EPISODES": 1,
         "EVAL_EPS": 1.0,
         "EPS_START": main.EPS_END,
-        "tqdm": Stopwatch,
+        "Log": Stopwatch,
     }
     before = {name: getattr(main, name) for name in constants}
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
@@ -113,8 +114,10 @@ def loop(prioritized: bool) -> float:
     raise RuntimeError("the loop ended before it was measured")
 
 
-class Stopwatch:
-    """Stands in for the progress bar: times a window of training and then ends the run."""
+class Stopwatch(Log):
+    """A log that times a window of training, from one look to another, and then ends the run."""
+
+    start = None
 
     class Enough(Exception):
         """The window is over."""
@@ -123,28 +126,14 @@ class Stopwatch:
             super().__init__()
             self.rate = rate
 
-    def __init__(self, total: int, **_):
-        self.n, self.start, self.first = 0, None, 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def ignore(self, *_, **__) -> None:
-        """What a bar shows is not needed."""
-
-    set_postfix_str = write = unpause = ignore
-
-    def update(self, steps: int) -> None:
-        """One iteration is over."""
-        self.n += steps
+    def show(self, step: int, loss: torch.Tensor | None) -> None:
+        """The window begins when training is warm."""
+        super().show(step, loss)
         now = time.perf_counter()
-        if self.start is None and self.n > main.WARM_STEPS + 20 * main.NUM_ENVS:  # warm
-            self.start, self.first = now, self.n
+        if self.start is None and step > main.WARM_STEPS + 20 * main.NUM_ENVS:
+            self.start, self.first = now, step
         elif self.start is not None and now - self.start > WINDOW:
-            raise Stopwatch.Enough((self.n - self.first) / (now - self.start))
+            raise Stopwatch.Enough((step - self.first) / (now - self.start))
 
 
 def stable_baselines3() -> float:

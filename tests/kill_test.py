@@ -49,12 +49,12 @@ def start(directory: Path, constants: dict, **options) -> subprocess.Popen:
 
 
 def results(directory: Path) -> dict[str, bytes]:
-    """What a run has written, without what tells of its interruptions."""
+    """What a run has written, without what tells of its interruptions or of the time."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in files
-        if path.name != "run.json" and not path.name.startswith("checkpoint_")
+        if path.name not in ("run.json", "rewards.png") and not path.name.startswith(("checkpoint_", "events."))
     }
 
 

@@ -189,7 +189,7 @@ def test_a_frame_is_the_area_average_of_the_last_two_gray_screens_at_their_brigh
         plain.step(action)
         assert row.terminals.tolist() == [plain.lost_life]
     assert env.step(np.array([NOOP]))[1].ages.tolist() == [0]
-    assert env.finished_scores == [plain.score]
+    assert [game.score for game in env.finished_games] == [plain.score]
 
 
 # ---- stacks and rows
@@ -257,7 +257,7 @@ def test_states_and_rows_equal_ales_own_through_lost_lives_and_ends(
         seen["scores above 1"] += (rewards > 1).sum()
 
     env.step(np.zeros(games, int))  # a score is told at the latest when the next game starts
-    assert env.finished_scores == finished
+    assert [game.score for game in env.finished_games] == finished
     assert not [kind for kind in kinds.split(", ") if not seen[kind]]
 
 
@@ -300,7 +300,7 @@ def test_a_lost_life_is_terminal_but_the_game_and_its_stack_go_on():
         assert torch.equal(states[:, :3], earlier[:, 1:])
         assert row.terminals.tolist() == [False]
         assert row.ages.tolist() == [3]
-    assert env.finished_scores == []
+    assert env.finished_games == []
 
 
 def test_fire_is_pressed_after_a_reset_and_after_each_lost_life_so_every_ball_is_served():
@@ -321,7 +321,7 @@ def test_the_row_after_game_over_ignores_its_action_and_starts_a_new_game():
     env, answers = AtariEnv("breakout", 1), []
     for ignored in (NOOP, LEFT):
         env.reset(3)
-        env.finished_scores.clear()
+        env.finished_games.clear()
         for _ in range(5):
             _, _, row = until_terminal(env)
         assert row.ages.tolist() == [3]
@@ -330,7 +330,7 @@ def test_the_row_after_game_over_ignores_its_action_and_starts_a_new_game():
         assert row.terminals.tolist() == [False]
         assert row.rewards.tolist() == [0]
         assert not states[:, :3].any()
-        assert len(env.finished_scores) == 1
+        assert len(env.finished_games) == 1
         answers.append(torch.stack([states, *(env.step(np.array([NOOP]))[0] for _ in range(30))]))
     assert torch.equal(*answers)
 
@@ -364,19 +364,19 @@ def test_a_life_lost_at_the_very_frame_limit_ends_the_game():
     states, row = cut.step(np.array([NOOP]))
     assert row.ages.tolist() == [0]
     assert not states[:, :3].any()
-    assert cut.finished_scores == [0.0]
+    assert [game.score for game in cut.finished_games] == [0.0]
     assert cut.step(np.array([RIGHT]))[1].actions.tolist() == [RIGHT]
 
 
-def test_finished_scores_are_raw_and_the_callers_to_clear():
+def test_finished_games_are_raw_and_the_callers_to_clear():
     env = AtariEnv("pong", 2, max_frames=800)
     env.reset(0)
     for _ in range(2):
         for _ in range(201):
             env.step(np.array([NOOP, NOOP]))
-        assert len(env.finished_scores) == 2
-        assert max(env.finished_scores) < -1  # each lost point is -1: the sum is not clipped
-        env.finished_scores.clear()
+        assert len(env.finished_games) == 2
+        assert max(game.score for game in env.finished_games) < -1  # each lost point is -1: the sum is not clipped
+        env.finished_games.clear()
 
 
 # ---- the same run again
@@ -432,7 +432,7 @@ def test_evaluating_changes_nothing_in_training():
         torch.manual_seed(0)
         np.random.seed(0)  # noqa: NPY002
         states, _ = env.reset(5)
-        env.finished_scores.clear()
+        env.finished_games.clear()
         for number in range(200):
             actions = agent.run(states, training=True)
             env.send(actions)
@@ -442,7 +442,7 @@ def test_evaluating_changes_nothing_in_training():
             seen.append((states, *row, torch.from_numpy(actions)))
             if evaluate and number == 90:
                 env.evaluate(agent, 2, 0.5, seed=number, max_frames=80)
-        return seen, agent.epsilon, env.finished_scores.copy(), torch.rand(1), np.random.rand()  # noqa: NPY002
+        return seen, agent.epsilon, env.finished_games.copy(), torch.rand(1), np.random.rand()  # noqa: NPY002
 
     run, *rest = train(evaluate=True)
     expected_run, *expected_rest = train(evaluate=False)

@@ -148,6 +148,7 @@ def test_graphs_learn_what_the_plain_path_learns(kind):
     )
     assert torch.equal(draws, its_draws)
     assert torch.allclose(losses, its_losses, rtol=1e-3, atol=1e-5)
+    assert fast.read_statistics() == pytest.approx(plain.read_statistics(), rel=1e-2)
     for mine, its in zip(fast.policy.parameters(), plain.policy.parameters(), strict=True):
         assert torch.allclose(mine, its, rtol=0, atol=1e-4)
 

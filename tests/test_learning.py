@@ -108,7 +108,7 @@ class TableEnv:
         self.game, self.table, self.pictures = "table", table, pictures(table)
         turns = Counter()
         self.games = [Game(table, turns) for _ in range(num_envs)]
-        self.finished_scores = []
+        self.finished_games, self.finished_lives = [], []
 
     def get_action_dim(self):
         """The number of actions."""

@@ -244,7 +244,7 @@ def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, name, va
 
 
 def test_every_constant_is_covered_by_these_tests():
-    tested = {name for name, *_ in EFFECTS} | {"RENDER", "SAVE_PREFIX", "DEVICE", "THREADS", "CUDA_GRAPHS"}
+    tested = {name for name, *_ in EFFECTS} | {"RENDER", "PLAY", "SAVE_PREFIX", "DEVICE", "THREADS", "CUDA_GRAPHS"}
     assert tested == set(utils_config.constants(vars(main)))
 
 
@@ -370,6 +370,7 @@ BAD = [
     (["--TARGET_UPDATE=31"], "TARGET_UPDATE (31) must be at least NUM_ENVS (32)"),
     (["--SAVE_PREFIX=" + 300 * "x"], "cannot write to xxx"),
     (["--MEM_SIZE=1e12"], "7063000.00 GB on cpu"),
+    (["--PLAY=nowhere"], "cannot read nowhere: No such file or directory"),
     (["--SAVE_PREFIX=/proc/nowhere"], "cannot write to /proc/nowhere"),
 ]
 
@@ -454,7 +455,7 @@ def test_importing_main_starts_nothing_and_a_run_from_the_shell_prints_its_bar(t
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "warning" not in done.stderr.lower()
-    for part in ("steps/s", "epsilon", "score", "loss", "GB free", "evaluating 1 games", "step 2,000: mean score"):
+    for part in ("steps/s", "epsilon", "games", "loss", "GB free", "step 1,000 of 2,000", "step 2,000: mean score"):
         assert part in done.stderr
     imported = subprocess.run(
         [sys.executable, "-c", "import main"],

@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import kill_test
+import numpy as np
 import pytest
 import torch
 from test_main import TINY
@@ -265,7 +266,7 @@ def write(last: int, size: int = 1000, **values) -> None:
             for step in range(run.resume(part, part) + 4, last + 4, 4):
                 part.numbers.fill_(step)
                 if step % 100 == 0:
-                    run.report(step // 100 - 1, step, step)
+                    run.report(step // 100 - 1, step, np.array([step, step + 1]))
                 run.pause(step, None)
             raise Killed
     except Killed:
@@ -494,7 +495,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(failing):
 def test_a_directory_removed_under_a_run_is_told(failing):
     def remove(run, part) -> None:
         shutil.rmtree("models")
-        run.report(3, 399, 1.0)
+        run.report(3, 399, np.array([1.0]))
         os.kill(os.getpid(), signal.SIGTERM)
         run.pause(399, None)
 
@@ -505,7 +506,7 @@ def test_a_rewards_file_that_cannot_be_written_is_told(failing):
     def block(run, part) -> None:
         Path("rewards.txt").unlink()
         Path("rewards.txt").mkdir()
-        run.report(3, 399, 1.0)
+        run.report(3, 399, np.array([1.0]))
 
     assert "cannot write rewards.txt: Is a directory; rewards.txt and the models are kept" in failing(block)
 

@@ -1,0 +1,444 @@
+"""What a person sees: curves with the right values, pictures, lines without carriage returns, and a game to watch."""
+
+import copy
+import io
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_main import TINY
+
+import main
+import utils_config
+import utils_log
+from utils_drl import Agent
+from utils_env import AtariEnv
+from utils_log import Log, draw_rewards
+from utils_memory import PrioritizedReplayMemory, ReplayMemory
+from utils_run import Evaluation
+from utils_types import Episode, Transition
+
+
+def curves(directory: Path = Path("curves")) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows: steps and values of every curve."""
+    reader = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    reader.Reload()
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
+class Parts:
+    """Stands in for a run, its games, its agent and its memory: whatever a test lets them say."""
+
+    def __init__(self):
+        self.evaluations = [Evaluation(0, 0, 0.1, [1.0, 3.0])]
+        self.finished_games, self.finished_lives = [], []
+        self.epsilon = 0.25
+        self.agent, self.memory = (SimpleNamespace(epsilon=0.25, read_statistics=dict) for _ in range(2))
+
+    def log(self, start: int = 0, total: int = 100_000) -> Log:
+        """A log of them."""
+        return Log(self, self, self.agent, self.memory, start, total)
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """Parts in an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return Parts()
+
+
+# Statistics
+
+
+def filled(kind, rows: int, games: int = 4, **options):
+    """A memory of noise."""
+    memory, generator = kind(40 * games, games, **options), torch.Generator().manual_seed(0)
+    for number in range(rows):
+        memory.push(
+            Transition(
+                torch.randint(0, 256, (games, 84, 84), dtype=torch.uint8, generator=generator),
+                torch.randint(0, 4, (games,), generator=generator),
+                torch.randn(games, generator=generator),
+                torch.rand(games, generator=generator) < 0.1,
+                torch.full((games,), min(number, 3)),
+            )
+        )
+    return memory
+
+
+class Fixed:
+    """A memory that hands out given batches and keeps the TD errors."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, batches):
+        self.batches, self.td_errors = iter(batches), []
+
+    def sample(self, batch_size, batches=1):
+        """The next one."""
+        return next(self.batches)
+
+    def update_priorities(self, indices, td_errors):
+        """Keep them."""
+        self.td_errors.append(td_errors)
+
+
+def test_an_agents_statistics_are_means_over_the_updates_since_they_were_last_read():
+    memory = filled(PrioritizedReplayMemory, 30)
+    agent = Agent(4, dtype=torch.float64)
+    assert agent.read_statistics() == {}
+    for count in (3, 1):
+        batches, naive = [memory.sample(8) for _ in range(count)], []
+        fixed = Fixed(batches)
+        for batch in batches:
+            policy = copy.deepcopy(agent.policy)
+            values = policy(batch.states).squeeze(2).gather(1, batch.actions[:, None]).squeeze(1)
+            targets = batch.returns + batch.discounts * agent.target(batch.next_states).amax((1, 2))
+            loss = (batch.weights * F.smooth_l1_loss(values, targets.detach(), reduction="none")).mean()
+            gradients = [grad.clamp(-1, 1) for grad in torch.autograd.grad(loss, list(policy.parameters()))]
+            norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+            naive.append([value.item() for value in (loss, values.mean(), (values - targets).abs().mean(), norm)])
+            assert agent.learn(fixed, 8).item() == pytest.approx(naive[-1][0], rel=1e-6)
+        told = agent.read_statistics()
+        assert list(told) == ["loss", "q_value", "td_error", "gradient_norm"]
+        assert list(told.values()) == pytest.approx(np.mean(naive, axis=0).tolist(), rel=1e-5)
+    assert agent.read_statistics() == {}
+
+
+def test_of_several_updates_at_once_the_last_one_counts():
+    memory = filled(ReplayMemory, 30)
+    agent = Agent(4, dtype=torch.float64)
+    fixed = Fixed([memory.sample(8, 5), memory.sample(8, 2)])
+    losses = [agent.learn(fixed, 8, updates).item() for updates in (5, 2)]
+    told = agent.read_statistics()
+    last = torch.cat([errors[-8:] for errors in fixed.td_errors])
+    assert (told["loss"], told["td_error"]) == pytest.approx((np.mean(losses), last.abs().mean().item()))
+
+
+@pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
+def test_reading_statistics_changes_no_bit_of_training(kind):
+    agents, memories = [Agent(4) for _ in range(2)], [filled(kind, 30) for _ in range(2)]
+    for _ in range(5):
+        losses = [agent.learn(memory, 8, 2) for agent, memory in zip(agents, memories, strict=True)]
+        assert torch.equal(*losses)
+        agents[0].read_statistics()
+        memories[0].read_statistics()
+    for mine, its in zip(agents[0].policy.parameters(), agents[1].policy.parameters(), strict=True):
+        assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("rows", [20, 100])  # a memory that is filling and one that has wrapped
+def test_statistics_of_priorities_are_those_of_the_transitions_that_may_be_drawn(rows):
+    memory = filled(PrioritizedReplayMemory, rows, beta_start=0.5, beta_steps=1000)
+    indices = memory.sampleable()
+    memory.update_priorities(indices, torch.rand(len(indices), generator=torch.Generator().manual_seed(1)))
+    priorities = memory.priorities(indices).numpy()
+    chances = priorities / priorities.sum()
+    newest = rows * 4 - 1
+    assert memory.read_statistics() == pytest.approx(
+        {
+            "beta": min(0.5 + 0.5 * (rows - 1) * 4 / 1000, 1.0),
+            "effective_sample_size": 1 / (chances**2).sum(),
+            "largest_priority": priorities.max(),
+            "mean_priority": priorities.mean(),
+            "mean_age": (chances * (newest - indices.numpy())).sum(),
+        }
+    )
+
+
+def test_alike_priorities_count_every_transition_and_uniform_replay_has_none():
+    memory = filled(PrioritizedReplayMemory, 30)
+    assert memory.read_statistics()["effective_sample_size"] == pytest.approx(len(memory.sampleable()))
+    assert filled(ReplayMemory, 30).read_statistics() == {}
+
+
+@pytest.mark.parametrize(("game", "max_frames", "lives"), [("breakout", 108_000, 5), ("breakout", 120, 2)])
+def test_games_and_their_lives_are_told_with_scores_clipped_scores_and_steps(game, max_frames, lives):
+    env, rng = AtariEnv(game, 1, max_frames=max_frames), np.random.default_rng(0)
+    env.reset(3)
+    steps = -1  # the step that starts the next game is none of this one
+    while not env.finished_games:
+        env.step(rng.integers(4, size=1))
+        steps += 1
+    (whole,) = env.finished_games
+    assert whole.steps == steps
+    assert len(env.finished_lives) == lives
+    assert np.sum(env.finished_lives, axis=0).tolist() == list(whole)
+    assert whole.clipped <= whole.score
+
+
+def test_clipped_scores_count_points_of_any_size_as_one():
+    env, rng = AtariEnv("seaquest", 2), np.random.default_rng(0)
+    env.reset(0)
+    while len(env.finished_games) < 2:
+        env.step(rng.integers(18, size=2))
+    assert sum(game.clipped for game in env.finished_games) * 20 == sum(game.score for game in env.finished_games) > 0
+
+
+# Curves
+
+
+def test_curves_hold_the_means_of_what_happened_between_two_points(parts):
+    told = iter([{}, {"loss": 0.5, "q_value": 2.0}, {"loss": 0.25, "q_value": 3.0}])
+    parts.agent.read_statistics = lambda: next(told)
+    parts.memory.read_statistics = lambda: {"beta": 0.4}
+    with parts.log() as log:
+        log.evaluating(2)
+        log.evaluated()
+        for step in range(1_000, 31_000, 1_000):
+            parts.finished_games.append(Episode(step, step / 1000, 7))
+            parts.finished_lives += [Episode(step / 2, 1, 3), Episode(step / 2, 1, 4)]
+            log.show(step, torch.tensor(0.5))
+    found = curves()
+    assert found["game/score"] == [(10_000, 5_500), (20_000, 15_500), (30_000, 25_500)]
+    assert found["game/clipped"] == [(10_000, 5.5), (20_000, 15.5), (30_000, 25.5)]
+    assert found["life/score"] == [(10_000, 2_750), (20_000, 7_750), (30_000, 12_750)]
+    assert {found["game/steps"][0][1], found["life/steps"][0][1], found["life/clipped"][0][1]} == {7.0, 3.5, 1.0}
+    assert found["learning/loss"] == [(20_000, 0.5), (30_000, 0.25)]
+    assert found["learning/q_value"] == [(20_000, 2.0), (30_000, 3.0)]
+    assert found["replay/beta"] == [(20_000, pytest.approx(0.4)), (30_000, pytest.approx(0.4))]
+    assert found["learning/epsilon"] == [(step, 0.25) for step in (10_000, 20_000, 30_000)]
+    assert found["evaluation/mean"] == [(0, 2.0)]
+    assert (found["evaluation/least"], found["evaluation/most"]) == ([(0, 1.0)], [(0, 3.0)])
+    assert parts.finished_games == parts.finished_lives == []
+
+
+def test_the_rate_is_that_of_training_without_its_evaluations(monkeypatch, parts):
+    now = 100.0
+    monkeypatch.setattr(utils_log.time, "perf_counter", lambda: now)
+    with parts.log() as log:
+        for step in (10_000, 20_000):
+            now += 20
+            log.show(step, None)
+            log.evaluating(10)
+            now += 300
+            parts.evaluations.append(Evaluation(1, step, 1.0, [0.0]))
+            log.evaluated()
+    assert curves()["speed/steps_per_second"] == [(10_000, 500.0), (20_000, 500.0)]
+
+
+def test_a_run_that_goes_back_to_a_checkpoint_shows_every_step_once(parts):
+    def train(start: int, end: int, value: float) -> None:
+        parts.agent.epsilon = value
+        with parts.log(start) as log:
+            for step in range(start + 10_000, end + 10_000, 10_000):
+                log.show(step, None)
+                parts.evaluations = [Evaluation(1, step, 1.0, [value])]
+                log.evaluating(1)
+                log.evaluated()
+
+    train(0, 50_000, 0.5)
+    train(20_000, 40_000, 0.25)
+    for tag in ("learning/epsilon", "evaluation/mean"):
+        assert curves()[tag] == [(10_000, 0.5), (20_000, 0.5), (30_000, 0.25), (40_000, 0.25)]
+    train(0, 20_000, 1.0)
+    assert curves()["learning/epsilon"] == [(10_000, 1.0), (20_000, 1.0)]
+
+
+def test_a_whole_run_draws_every_curve_and_its_picture(run_main, tmp_path):
+    assert run_main(PRIORITIZED=True)[0] == 0
+    found = curves()
+    learning = {f"learning/{name}" for name in ("loss", "q_value", "td_error", "gradient_norm", "epsilon")}
+    names = ("beta", "effective_sample_size", "largest_priority", "mean_priority", "mean_age")
+    evaluation = {f"evaluation/{name}" for name in ("mean", "least", "most")}
+    assert learning | {f"replay/{name}" for name in names} | evaluation | {"speed/steps_per_second"} <= found.keys()
+    assert [step for step, _ in found["learning/loss"]] == [200, 400]
+    assert all(np.isfinite(value) for points in found.values() for _, value in points)
+    rows = [line.split() for line in Path("rewards.txt").read_text().splitlines()]
+    assert [(str(step), f"{value:.1f}") for step, value in found["evaluation/mean"]] == [tuple(row[1:]) for row in rows]
+    with Image.open("rewards.png") as picture:
+        assert picture.format == "PNG"
+
+
+# The picture
+
+
+def test_the_picture_is_redrawn_at_every_evaluation(parts):
+    pictures = []
+    with parts.log() as log:
+        for number in range(1, 4):
+            parts.evaluations.append(Evaluation(number, number * 100_000, 10.0 * number, [number, 2.0 * number, 0.0]))
+            log.evaluating(3)
+            log.evaluated()
+            pictures.append(Path("rewards.png").read_bytes())
+    assert len(set(pictures)) == 3
+    with Image.open(io.BytesIO(pictures[-1])) as picture:
+        assert (picture.format, picture.size) == ("PNG", (800, 500))
+        assert len(set(picture.convert("RGB").tobytes())) > 20, "nothing is drawn"
+
+
+def test_one_evaluation_and_equal_minutes_can_be_drawn(tmp_path):
+    for evaluations in ([Evaluation(0, 0, 0.0, [1.0])], [Evaluation(n, n, 0.0, [1.0]) for n in range(2)]):
+        draw_rewards(tmp_path / "rewards.png", evaluations)
+        with Image.open(tmp_path / "rewards.png") as picture:
+            picture.verify()
+
+
+# The console
+
+
+@pytest.fixture
+def run_main(monkeypatch, tmp_path, capsys):
+    """A function that runs main.py with tiny constants in an empty directory; its status and what it told."""
+
+    def run(**values) -> tuple[int, str]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["main.py"])
+            for name, value in {**TINY, **values}.items():
+                patch.setattr(main, name, value)
+            capsys.readouterr()
+            status = utils_config.run(main.main, vars(main))
+        return status, capsys.readouterr().err
+
+    monkeypatch.chdir(tmp_path)
+    return run
+
+
+class Terminal(io.StringIO):
+    """A stderr that is one."""
+
+    def isatty(self) -> bool:
+        """It is."""
+        return True
+
+
+def test_a_terminal_gets_a_bar_with_a_clean_line_per_evaluation_above_it(monkeypatch, parts):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("COLUMNS", "200")
+    with parts.log(total=3_000) as log:
+        parts.finished_games += [Episode(4, 1, 1), Episode(5, 1, 1)]
+        time.sleep(0.2)  # a bar moves at most ten times a second
+        log.show(1_000, torch.tensor(0.125))
+        parts.evaluations.append(Evaluation(1, 2_000, 1.0, [0.0, 3.0]))
+        log.evaluating(10)
+        log.evaluated()
+    text = sys.stderr.getvalue()
+    rate = r"[\d,]+ steps/s, \d:\d\d:\d\d left"
+    assert re.search(rf" 33%\|[█#\d ]+\| 1,000/3,000, {rate}, games 4.5, evaluation 2.0, ", text)
+    assert "best 2.0, loss 0.1250, epsilon 0.250" in text
+    assert "evaluating 10 games" in text
+    assert re.search(r" 67%\|[█#\d ]+\| 2,000/3,000, evaluation 1.5, best 2.0\n$", text)
+    line = "step 2,000: mean score 1.5 of 2 games, 0 to 3; best mean 2.0 at step 0\n"
+    assert re.search(r"\r *\r" + re.escape(line), text)
+
+
+def test_without_a_terminal_there_are_lines_at_most_every_so_often(monkeypatch, parts, capsys):
+    now = 1000.0
+    monkeypatch.setattr(utils_log.time, "monotonic", lambda: now)
+    with parts.log() as log:
+        for step in range(1_000, 10_000, 1_000):
+            log.show(step, None)
+            now += utils_log.LINE_SECONDS / 3
+    told = capsys.readouterr().err
+    assert "\r" not in told
+    assert [line.split(":")[0] for line in told.splitlines()] == [f"step {n},000 of 100,000" for n in (1, 4, 7)]
+    assert "games" not in told.replace("no game over yet", "")
+
+
+def test_a_run_into_a_pipe_is_plain_lines_that_begin_with_what_there_is_to_know(tmp_path):
+    constants = {**TINY, "MAX_STEPS": 2_000, "EVALUATE_FREQ": 1_000}
+    command = [sys.executable, main.__file__, *(f"--{name}={value}" for name, value in constants.items())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
+    assert b"\r" not in done.stderr
+    told = done.stderr.decode()
+    start = told.split("step 0: ")[0]
+    known = ("breakout: 2,000 steps, 4 games in step", "on cpu (", "1 threads, float32", "GB on cpu", "GB free")
+    for part in (*known, "rewards.txt", "rewards.png", "curves/", "./models/", "the same command goes on: python "):
+        assert part in start
+    lines = [line for line in told.splitlines() if line.startswith("step ")]
+    wanted = ["step 0: mean", "step 1,000 of 2,000: ", "step 1,000: mean", "step 2,000: mean"]
+    assert [line[: len(begin)] for line, begin in zip(lines, wanted, strict=True)] == wanted
+
+
+# A game to watch
+
+
+def save(path: Path, game: str = "breakout", **about) -> Path:
+    """A new model of `game`, which says of itself what a run's models do."""
+    env = AtariEnv(game, 1, stack_size=2)
+    agent = Agent(env.get_action_dim(), stack_size=2, dueling=True, quantiles=3)
+    agent.save(path, **{"game": env.game, "frame_skip": 4, "step": 0, "score": 0.0} | about)
+    return path
+
+
+def test_a_model_plays_its_own_game_in_true_colour_one_picture_a_step(run_main, tmp_path):
+    path = save(tmp_path / "model", "pong", frame_skip=20)
+    (tmp_path / "run.json").write_text("a run of something else")
+    status, told = run_main(PLAY=str(path), GAME="breakout", STACK_SIZE=4, EVAL_EPS=0.5)
+    assert status == 0
+    said = re.fullmatch(rf"{path}: a game of pong, score (-?\d+), (\d+) pictures in play.gif\n", told)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "play.gif", "run.json"]
+    with Image.open("play.gif") as animation:
+        assert animation.n_frames == int(said[2]) > 50
+        assert animation.size == (510, 210)
+        animation.seek(30)
+        screen = np.asarray(animation.convert("RGB"))
+    assert (screen[:, :320].min(2) != screen[:, :320].max(2)).mean() > 0.5, "only grays"
+    assert (screen[:, 320:] == utils_log.CHOSEN).all(2).sum() > 10, "no action is chosen"
+    assert np.array_equal(screen[:, :320:2], screen[:, 1:320:2]), "pixels are square"
+
+
+def test_the_pictures_show_the_recorded_game_with_its_score(tmp_path):
+    env, agent = AtariEnv("breakout", 1), Agent(4)
+    watched = utils_log.Watched(agent)
+    (score,) = env.evaluate(watched, 1, 1.0, 3, record=True)
+    recorded = list(env.get_recording())
+    assert len(recorded) == len(watched.values) == len(watched.actions)
+    points = [score for _, score in recorded]
+    assert points == sorted(points)
+    assert (points[0], points[-1]) == (0.0, score)
+    assert score > 0
+    env.evaluate(utils_log.Watched(agent), 1, 1.0, 3, record=True)
+    for (frame, _), picture in zip(recorded, utils_log.pictures(env, watched), strict=True):
+        assert np.array_equal(np.asarray(picture)[:, :320:2], frame)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda path: path.write_bytes(b"no model"), "is not a model of this program, or it is damaged"),
+        (lambda path: path.mkdir(), "cannot read {path}: Is a directory"),
+        (lambda path: path.write_bytes(save(path).read_bytes()[:5000]), "it is damaged"),
+        (lambda path: Agent(4).save(path), "does not say for which game and network it is"),
+        (lambda path: Agent(4).save(path, game="brekout", frame_skip=4), "the nearest is 'breakout'"),
+        (lambda path: Agent(6).save(path, game="breakout", frame_skip=4), "knows 6 actions, breakout has 4"),
+        (lambda path: Agent(4).save(path, game=[], frame_skip=4), "does not say for which game and network it is"),
+    ],
+    ids=["text", "directory", "cut", "silent", "game", "actions", "type"],
+)
+def test_a_model_that_cannot_play_is_refused_with_a_sentence(run_main, tmp_path, make, sentence):
+    path = tmp_path / "model"
+    make(path)
+    status, told = run_main(PLAY=str(path))
+    assert status == 2
+    assert re.fullmatch(rf"error: [^\n]*{re.escape(sentence.format(path=path))}[^\n]*\n", told)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_place_that_cannot_be_written_is_told_after_the_game(run_main, tmp_path):
+    path = save(tmp_path / "model", frame_skip=60)
+    os.mkdir("play.gif")
+    assert run_main(PLAY=str(path), EVAL_EPS=1.0) == (2, "error: cannot write play.gif: Is a directory\n")
+
+
+# What others know
+
+
+def test_the_environment_has_the_spaces_of_a_gymnasium_vector_environment():
+    env = AtariEnv("breakout", 3, stack_size=2)
+    states, _ = env.reset(0)
+    assert env.observation_space.contains(states.numpy())
+    assert env.single_observation_space.contains(states[0].numpy())
+    states, _ = env.step(env.action_space.sample())
+    assert env.observation_space.contains(states.numpy())
+    assert env.single_action_space.n == env.get_action_dim() == 4
