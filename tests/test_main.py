@@ -56,7 +56,7 @@ class Run:
     def __init__(self, directory: Path):
         self.directory = directory
         self.lines = (directory / "rewards.txt").read_text().splitlines()
-        self.models = sorted(path.name for path in (directory / "models").glob("*"))
+        self.models = sorted(path.name for path in (directory / "models").glob("model_*"))
 
     def weights(self, number: int) -> dict[str, torch.Tensor]:
         """The weights of model `number`."""
