@@ -58,9 +58,7 @@ class CudaGraph:
 
     def __init__(self, function: Callable[[], Tensor], generators: Iterable[torch.Generator] = ()):
         self._function, self._generators = function, tuple(generators)
-        self._stream = (
-            torch.cuda.Stream()
-        )  # recording needs another stream than the default one, and so does warming up
+        self._stream = torch.cuda.Stream()  # the default one cannot be recorded
         self._calls, self._graph = 0, None
 
     def __call__(self) -> Tensor:
@@ -155,8 +153,8 @@ class Agent:
         with torch.random.fork_rng(devices=[]):  # torch's own stream stays as it was
             torch.manual_seed(seed)
             self.policy, self.target = (DQN(**self.shape, dtype=exact).to(self.device) for _ in range(2))
+            self._rounded = None if dtype == exact else DQN(**self.shape, dtype=dtype).to(self.device)
         self.target.requires_grad_(False)
-        self._rounded = None if dtype == exact else DQN(**self.shape, dtype=dtype).to(self.device)
         self._weights, self._gradients = flatten(self.policy)
         self.sync()
         self._optimizer = torch.optim.Adam(

@@ -640,11 +640,12 @@ def test_same_seed_gives_the_same_networks_and_actions_whatever_the_global_gener
     assert np.array_equal(results[0][1], results[1][1])
 
 
-def test_a_new_agent_leaves_the_global_generator_of_torch_untouched():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_agent_leaves_the_global_generator_of_torch_untouched(dtype):
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    Agent(ACTIONS)
+    Agent(ACTIONS, dtype=dtype)
     assert torch.equal(torch.rand(3), expected)
 
 
