@@ -54,7 +54,7 @@ class Log:
     def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, total: int):
         self._run, self._env, self._agent, self._memory, self._total = run, env, agent, memory, total
         # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
-        self._curves = SummaryWriter(str(CURVES), max_queue=1000, purge_step=start + 1 if start else 0)
+        self._curves = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
         if run.evaluations:
             self._draw()
         form = "{percentage:3.0f}%|{bar}| {n:,}/{total:,}{postfix}"
