@@ -242,6 +242,8 @@ def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
         torch.set_num_threads(threads)
     dtype = choose_dtype(precision, device)
     if device.type == "cuda":
+        if device.index is not None:
+            torch.cuda.set_device(device)  # streams and graphs are made on the current one
         torch.backends.cudnn.benchmark = True  # the shapes never change, so the fastest algorithms are worth a search
         if precision == "float32":  # the reference: by default convolutions round their factors to TF32's 10 bits
             torch.backends.cudnn.conv.fp32_precision = "ieee"

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import os
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Hashable, Iterable
 from functools import partial
@@ -62,26 +63,34 @@ class CudaGraph:
         self._calls, self._graph = 0, None
 
     def __call__(self) -> Tensor:
-        if self._graph is None and self._calls < self.WARM_UP:
-            self._calls += 1
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                result = self._function()
-            current.wait_stream(self._stream)
-            result.record_stream(current)
-            return result
-        if self._graph is None:
-            self._record()
-        self._graph.replay()
-        return self._result
+        if self.is_due:
+            self.record()
+        if self._graph is not None:
+            self._graph.replay()
+            return self._result
+        self._calls += 1
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*capturable=True")  # Adam's, as long as it is not recorded
+            result = self._function()
+        current.wait_stream(self._stream)
+        result.record_stream(current)
+        return result
 
-    def _record(self) -> None:
+    @property
+    def is_due(self) -> bool:
+        """Whether the next call records."""
+        return self._graph is None and self._calls >= self.WARM_UP
+
+    def record(self) -> None:
+        """Record the function, without running it. Raises RuntimeError where that is impossible."""
         graph, states = torch.cuda.CUDAGraph(), [generator.get_state() for generator in self._generators]
         for generator in self._generators:
             graph.register_generator_state(generator)
         try:
-            with torch.cuda.graph(graph, stream=self._stream):
+            # The outer context brings the current stream back also when the end of a failed recording raises.
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=self._stream):
                 self._result = self._function()
         except RuntimeError:
             for generator, state in zip(self._generators, states, strict=True):  # they still believe in the recording
@@ -90,6 +99,7 @@ class CudaGraph:
                 generator.graphsafe_set_state(fresh.graphsafe_get_state())
             raise
         self._graph = graph
+        self._function = None  # it often belongs to the owner of this object, and the two would keep each other alive
 
 
 def flatten(network: DQN) -> tuple[torch.nn.Parameter, list[Tensor]]:
@@ -149,6 +159,7 @@ class Agent:
         self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
+        self._use_graphs = graphs and self.device.type == "cuda"
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         with torch.random.fork_rng(devices=[]):  # torch's own stream stays as it was
             torch.manual_seed(seed)
@@ -162,9 +173,8 @@ class Agent:
             lr=learning_rate,
             eps=adam_eps,
             fused=self.device.type != "mps",
-            capturable=self.device.type == "cuda",
+            capturable=self._use_graphs,
         )
-        self._use_graphs = graphs and self.device.type == "cuda"
         self._graphs: dict[Hashable, CudaGraph] = {}
         self._acting: dict[int, Tensor] = {}  # by the number of states, where the graph looks for them
         self._rng = np.random.default_rng(seed)
@@ -236,15 +246,16 @@ class Agent:
         """Call `function` by its graph; where recording fails, say so once and go on without graphs."""
         if key not in self._graphs:
             self._graphs[key] = CudaGraph(function, generators)
-        try:
-            return self._graphs[key]()
-        except RuntimeError as error:
-            if not self._use_graphs:
-                raise
-            reason = str(error).strip().splitlines()[0]
-            print(f"CUDA graphs do not work here, going on without them, slower: {reason}", file=sys.stderr)
-            self._use_graphs = False
-            return function()
+        graph = self._graphs[key]
+        if graph.is_due:
+            try:
+                graph.record()
+            except RuntimeError as error:
+                reason = str(error).strip().splitlines()[0]
+                print(f"CUDA graphs do not work here, going on without them, slower: {reason}", file=sys.stderr)
+                self._use_graphs = False
+                return function()
+        return graph()
 
     def _learn(self, memory, batch_size: int, updates: int) -> Tensor:
         batch = memory.sample(batch_size, updates)
@@ -321,7 +332,10 @@ class Agent:
         """Take over `state`, from any device."""
         self.policy.load_state_dict(state["policy"])
         self.target.load_state_dict(state["target"])
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # it would keep the tensors it is given
+        # The optimizer would keep the tensors it is given. How it computes is for this device to say.
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]["state"]), "param_groups": groups})
+        self._graphs.clear()  # they would go on with the tensors that were
         self._trained_steps = state["trained_steps"]
 
     def save(self, path: str | os.PathLike, **about) -> None:

@@ -9,6 +9,8 @@ same work (pip install -r benchmarks/requirements.txt): Breakout, an update of 3
 
 import argparse
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -59,12 +61,17 @@ def bench() -> None:
     }
     if arguments.peers:
         parts["sb3"] = stable_baselines3
+    memories = {}  # first, because these may not fit
+    for slots in (100_000, 1_000_000):
+        try:
+            memories[slots] = memory_times(device, slots)
+        except utils_config.ConfigError as error:
+            print(f"not measured: {error}", file=sys.stderr)
     rates: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(arguments.rounds):
         for name, measure in parts.items():
             print(f"round {number + 1} of {arguments.rounds}: {name}", end="\r", file=sys.stderr)
             rates[name].append(measure())
-    memories = {slots: memory_times(device, slots) for slots in (100_000, 1_000_000)}
     report(rates, memories, device, arguments.json)
 
 
@@ -84,14 +91,14 @@ def acting(device: torch.device) -> float:
 
 def learner(device: torch.device, kind: type[ReplayMemory]) -> float:
     """Updates per second, as steps per second: times POLICY_UPDATE. As many updates at once as in the loop."""
-    agent, memory = make_agent(device), filled(kind, 100_000, device)
+    agent, memory = make_agent(device), filled(kind, main.MEM_SIZE, device)
     updates = max(main.NUM_ENVS // main.POLICY_UPDATE, 1)
     return updates * main.POLICY_UPDATE * rate(lambda: agent.learn(memory, main.BATCH_SIZE, updates), device)
 
 
 def loop(prioritized: bool) -> float:
     """Steps per second of main.main() while it trains, between its evaluations."""
-    warm, length = 4_000, 100_000
+    warm, length = 4_000, 1_000_000
     constants = {
         "PRIORITIZED": prioritized,
         "WARM_STEPS": warm,
@@ -253,7 +260,7 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
     print()
     for name, value in ratios.items():
         print(f"{name:30}{value:7.2f}")
-    print(f"\n{'microseconds':22}" + "".join(f"{name:>20}" for name in memories[100_000]))
+    print(f"\n{'microseconds':22}" + "".join(f"{name:>20}" for name in next(iter(memories.values()), [])))
     for slots, times in memories.items():
         print(f"{slots:<22,}" + "".join(f"{value:20.0f}" for value in times.values()))
     about = machine(device)
@@ -283,7 +290,11 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("torch", "numpy", "gymnasium", "ale-py", "stable-baselines3")
+            if importlib.util.find_spec(name.replace("-", "_"))
+        },
         "games": main.NUM_ENVS,
         "precision": str(utils_config.choose_dtype(main.PRECISION, device)).removeprefix("torch."),
         "device": str(device),
@@ -291,6 +302,7 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
     }
     if device.type == "cuda":
         about["gpu"] = torch.cuda.get_device_name()
+        about["cuda"] = torch.version.cuda
         about["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return about
 
