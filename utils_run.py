@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils_config import ConfigError, Stopped, check_disk, command_line, constants, describe_start, out_of_memory
 from utils_drl import write_whole
@@ -31,7 +30,7 @@ from utils_drl import write_whole
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 FREE = ("THREADS", "RENDER")  # constants that may change when a run goes on; the first changes rounding
 ELSEWHERE = f"start in another directory, or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the terminal goes, unless under nohup
 
 
 @contextlib.contextmanager
@@ -42,7 +41,7 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
     or stops inside for a reason that a sentence can tell.
     """
     values = {name: module[name] for name in constants(module)}
-    models = Path(values["SAVE_PREFIX"])
+    models = Path(values["SAVE_PREFIX"]).expanduser()
     with contextlib.ExitStack() as stack:
         try:
             _lock(Path("."), stack)
@@ -97,7 +96,7 @@ class Run:
     """One run, from its first start to its end; made by `open_run`."""
 
     def __init__(self, record: dict, values: dict, device: torch.device):
-        self.models = Path(values["SAVE_PREFIX"])
+        self.models = Path(values["SAVE_PREFIX"]).expanduser()
         self._record, self._constants, self._device = record, values, device
         self.evaluations: list[Evaluation] = []
         self._began = time.monotonic()  # less what the run had worked for before
@@ -131,7 +130,8 @@ class Run:
         self._record["starts"].append(start)
         self._write_record()
         for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
         return self._step
 
     def evaluated(self, step: int) -> bool:
@@ -197,15 +197,21 @@ class Run:
 
     def _on_signal(self, number: int, _) -> None:
         self._signal = number
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_DFL)  # a second one ends the process at once, whatever it is doing
+        name = signal.Signals(number).name
+        with contextlib.suppress(OSError):  # the terminal may be gone; print could be in the middle of itself
+            os.write(2, f"\n{name}: a checkpoint follows; a second one leaves at once\n".encode())
+        for each in SIGNALS:  # a second one ends the process at once, whatever it is doing; hangups come in pairs
+            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
+        if number == signal.SIGHUP:  # nobody reads on, and writing there would raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.dup2(nowhere, 2)
         if self._abort:
             self._abort = False
             raise KeyboardInterrupt
 
     def _leave(self) -> None:
         name = signal.Signals(self._signal).name
-        tqdm.write(f"{name}: writing a checkpoint; a second one leaves at once", file=sys.stderr)
         if self._record["checkpoint"] != self._step:
             self._save()
         raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", 128 + self._signal)
@@ -316,7 +322,7 @@ def _read_record(values: dict) -> dict | None:
 
 def _new_record(values: dict) -> dict:
     """The record of a run that begins. Raises ConfigError where there are results of an earlier one."""
-    models = Path(values["SAVE_PREFIX"])
+    models = Path(values["SAVE_PREFIX"]).expanduser()
     saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
     for old in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")):
         if old.exists():

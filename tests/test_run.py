@@ -104,6 +104,16 @@ def test_a_real_run_survives_sigkill(tmp_path):
     assert kill_test.kill_runs(tmp_path, 2, constants)["files"] == 5
 
 
+def test_a_lost_terminal_ends_a_real_run_in_order_however_often_it_is_told(tmp_path):
+    process = kill_test.start(tmp_path, {**kill_test.SMALL, "MAX_STEPS": 1_000_000, "CHECKPOINT_FREQ": 1_000_000})
+    assert kill_test.wait_for(process, lambda: (tmp_path / "rewards.txt").exists())
+    process.stderr.close()  # nobody reads on
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert list((tmp_path / "models").glob("checkpoint_*"))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_after_the_iteration_and_the_run_goes_on_from_there(
     monkeypatch, run_main, tmp_path, number
