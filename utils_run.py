@@ -49,7 +49,7 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
             models.mkdir(parents=True, exist_ok=True)
             if not models.samefile("."):
                 _lock(models, stack)
-            record = record or _new_record(values)
+            record = record or _new_record(values, models)
             for place in (models, Path(".")):
                 probe = place / f".probe-{os.getpid()}"
                 probe.touch()
@@ -57,7 +57,7 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
             print(check_disk(values, models, memory_bytes), file=sys.stderr)
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {models})") from None
-        run = Run(record, values, device)
+        run = Run(record, values, models, device)
         for number in SIGNALS:
             stack.callback(signal.signal, number, signal.getsignal(number))
         try:
@@ -95,8 +95,8 @@ class Evaluation(NamedTuple):
 class Run:
     """One run, from its first start to its end; made by `open_run`."""
 
-    def __init__(self, record: dict, values: dict, device: torch.device):
-        self.models = Path(values["SAVE_PREFIX"]).expanduser()
+    def __init__(self, record: dict, values: dict, models: Path, device: torch.device):
+        self.models = models
         self._record, self._constants, self._device = record, values, device
         self.evaluations: list[Evaluation] = []
         self._began = time.monotonic()  # less what the run had worked for before
@@ -320,9 +320,8 @@ def _read_record(values: dict) -> dict | None:
     return record
 
 
-def _new_record(values: dict) -> dict:
+def _new_record(values: dict, models: Path) -> dict:
     """The record of a run that begins. Raises ConfigError where there are results of an earlier one."""
-    models = Path(values["SAVE_PREFIX"]).expanduser()
     saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
     for old in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")):
         if old.exists():

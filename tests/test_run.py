@@ -104,6 +104,13 @@ def test_a_real_run_survives_sigkill(tmp_path):
     assert kill_test.kill_runs(tmp_path, 2, constants)["files"] == 5
 
 
+def test_a_tilde_in_save_prefix_is_the_home_directory(monkeypatch, run_main, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert run_main(tmp_path / "run", SAVE_PREFIX="~/models", MAX_STEPS=8)[0] == 0
+    assert (tmp_path / "home" / "models" / "model_000").exists()
+    assert not (tmp_path / "run" / "~").exists()
+
+
 def test_a_lost_terminal_ends_a_real_run_in_order_however_often_it_is_told(tmp_path):
     process = kill_test.start(tmp_path, {**kill_test.SMALL, "MAX_STEPS": 1_000_000, "CHECKPOINT_FREQ": 1_000_000})
     assert kill_test.wait_for(process, lambda: (tmp_path / "rewards.txt").exists())
