@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils_model import DQN
+from utils_model import DQN, pixels
 from utils_types import Batch
 
 
@@ -160,6 +160,7 @@ class Agent:
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
         self._use_graphs = graphs and self.device.type == "cuda"
+        self._dtype = dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         with torch.random.fork_rng(devices=[]):  # torch's own stream stays as it was
             torch.manual_seed(seed)
@@ -259,6 +260,7 @@ class Agent:
 
     def _learn(self, memory, batch_size: int, updates: int) -> Tensor:
         batch = memory.sample(batch_size, updates)
+        batch = batch._replace(next_states=pixels(batch.next_states, self._dtype))  # once for both networks
         with torch.no_grad():
             next_values = self._network(self.target)(batch.next_states)
         td_errors = []

@@ -8,6 +8,14 @@ from torch import Tensor
 from utils_types import FRAME_SHAPE
 
 
+def pixels(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """`states` [B, S, 84, 84] as the convolutions take them: in `dtype` (0..255 are exact in bfloat16), channels last.
+
+    What is so already is returned as it is. Left in another layout, a convolution would convert it, and backward again.
+    """
+    return states.to(dtype).contiguous(memory_format=torch.channels_last)
+
+
 class DQN(nn.Module):
     """Three convolutions without bias, one hidden layer, and `quantiles` values for each action.
 
@@ -44,11 +52,11 @@ class DQN(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Values [B, action_dim, quantiles] of uint8 `states` [B, S, 84, 84]."""
-        x = states.to(self.conv1.weight.dtype)  # 0..255 are exact in bfloat16
+        x = pixels(states, self.conv1.weight.dtype)
         for convolution in (self.conv1, self.conv2, self.conv3):
             x = F.relu(convolution(x))
         # Without biases the scale of the pixels passes through to here, where there is the least to multiply.
-        x = (x / 255).flatten(1)
+        x = (x / 255).permute(0, 2, 3, 1).flatten(1)  # in the order it lies in memory, or backward would go astray
         values = self._head(x, self.hidden, self.output).unflatten(1, (self.action_dim, self.quantiles))
         if self.dueling:
             state_value = self._head(x, self.value_hidden, self.value_output).unsqueeze(1)

@@ -67,7 +67,7 @@ def body(p, states, rounded=same):
     x = states.to(p["conv1.weight"].dtype)
     for layer, stride, scale in (("conv1", 4, 1 / 255), ("conv2", 2, 1), ("conv3", 1, 1)):
         x = F.relu(rounded(F.conv2d(x, rounded(p[f"{layer}.weight"] * scale), stride=stride)))
-    return x.flatten(1)
+    return x.permute(0, 2, 3, 1).flatten(1)
 
 
 def head(p, features, prefix="", rounded=same):
@@ -180,7 +180,7 @@ def test_white_pixels_count_as_one_and_black_ones_as_zero(dtype):
     x = torch.stack([torch.ones(4, 84, 84), torch.zeros(4, 84, 84)]).double()
     for layer, stride in (("conv1", 4), ("conv2", 2), ("conv3", 1)):
         x = F.relu(F.conv2d(x, parameters[f"{layer}.weight"], stride=stride))
-    expected = head(parameters, x.flatten(1)).unsqueeze(2)
+    expected = head(parameters, x.permute(0, 2, 3, 1).flatten(1)).unsqueeze(2)
     assert (expected[0] - expected[1]).abs().max() > 0.1
     error = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(model(states).double(), expected, rtol=0, atol=error)
