@@ -234,7 +234,7 @@ def train(runs: list[Run], jobs: int, done: Callable[[Run], None]) -> int:
                         print(f"{run.directory.name} failed ({run.child.returncode}): {words[-1]}", file=sys.stderr)
     finally:  # main.py writes what it needs to go on
         for run in working:
-            run.child.send_signal(signal.SIGINT)
+            run.child.send_signal(signal.SIGTERM)
         for run in working:
             run.child.wait()
             look(run)
