@@ -2,8 +2,8 @@
 
     python tests/soak.py [--minutes 45] [--every 1] [--CONSTANT=value ...]
 
-Every `--every` minutes a line: step, resident memory, open files, threads, processor seconds per 1,000 steps and steps per second since
-the line before. All must stay flat once the replay memory is full and every part has run. Linux only.
+Every `--every` minutes a line: step, resident memory, open files, threads, and since the line before processor seconds
+per 1,000 steps and steps per second. All must stay flat once the replay memory is full and every part has run. Linux.
 """
 
 import argparse
