@@ -24,24 +24,24 @@ NUM_ENVS: int = 32  # games in step; more of them feed the emulators' threads be
 STACK_SIZE: int = 4  # frames the agent sees, so that it sees motion
 FRAME_SKIP: int = 4  # emulator frames per step
 
-# The algorithm
+# The algorithm: what measured best on Breakout; README.md has the classic recipe of Mnih et al. 2015 as one line
 GAMMA: float = 0.99  # discount per step
 EPS_START: float = 1.0  # probability of a random action at first ...
-EPS_END: float = 0.1  # ... and in the end,
-EPS_DECAY: int = 1_000_000  # steps of training over which it falls linearly
+EPS_END: float = 0.01  # ... and in the end,
+EPS_DECAY: int = 250_000  # steps of training over which it falls linearly
 BATCH_SIZE: int = 32  # transitions per update
 POLICY_UPDATE: int = 4  # steps per update
-TARGET_UPDATE: int = 10_000  # steps between copies of the policy into the target network
-WARM_STEPS: int = 50_000  # steps of random play before learning starts
+TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target network
+WARM_STEPS: int = 20_000  # steps of random play before learning starts
 MEM_SIZE: int = 100_000  # steps the replay memory keeps, 7.1 kB each
-LEARNING_RATE: float = 6.25e-5  # of Adam
+LEARNING_RATE: float = 1e-4  # of Adam
 ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
-PRIORITIZED: bool = False  # replay surprising transitions more often (Schaul et al. 2016)
+PRIORITIZED: bool = True  # replay surprising transitions more often (Schaul et al. 2016)
 ALPHA: float = 0.5  # how much more often: 0 is uniform, 1 in proportion to the TD error
 BETA_START: float = 0.4  # how far importance weights correct for it at first; 1 (fully) after MAX_STEPS
-DOUBLE_DQN: bool = False  # the policy network chooses the action that the target network values
+DOUBLE_DQN: bool = True  # the policy network chooses the action that the target network values
 DUELING: bool = False  # separate streams for the state's value and the actions' advantages
-N_STEP: int = 1  # rewards summed before bootstrapping
+N_STEP: int = 3  # rewards summed before bootstrapping
 QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's, 1 is the classic loss
 
 # Measuring

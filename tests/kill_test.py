@@ -20,6 +20,7 @@ from pathlib import Path
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 SMALL = {
+    "PRIORITIZED": False,
     "MAX_STEPS": 20_000,
     "NUM_ENVS": 8,
     "WARM_STEPS": 200,
