@@ -10,6 +10,7 @@ import torch
 
 import utils_config
 import utils_log
+import utils_play
 import utils_run
 from utils_drl import Agent
 from utils_env import AtariEnv
@@ -65,7 +66,7 @@ def main() -> None:
     device = utils_config.choose_device(DEVICE)
     dtype = utils_config.prepare(device, PRECISION, THREADS)
     if PLAY:
-        utils_log.play(PLAY, device, dtype, EVAL_EPS, SEED)
+        utils_play.play(PLAY, device, dtype, EVAL_EPS, SEED)
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)

@@ -1,9 +1,8 @@
-"""What a person sees: a run's bar, its curves and the picture of its scores; and one game of a trained model."""
+"""What a person sees: a run's bar, its curves, the picture of its scores."""
 
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,14 +10,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils_config import ConfigError, command_line, describe_device
-from utils_drl import Agent, read_model, write_whole
-from utils_env import SCREEN, AtariEnv, normalize_game, save_animation, widen
+from utils_config import command_line, describe_device
+from utils_drl import Agent, write_whole
+from utils_env import AtariEnv, normalize_game
 from utils_run import CURVES, PICTURE, REWARDS, Evaluation, Run
 from utils_types import Episode
 
@@ -26,9 +24,6 @@ POINT_FREQ = 10_000  # steps between points of the curves; an evaluation adds on
 LINE_SECONDS = 30  # between the lines that stand for the bar where there is no terminal
 RECENT = 100  # finished games of which the bar gives the mean score
 LOOKS = 30  # over which the bar's rate is taken
-MOVIE = Path("play.gif")
-PANEL, MARGIN, LINE = 190, 6, 10  # pixels beside the screen: width, border, height of a line of text
-TEXT, BAR, CHOSEN = (255, 255, 255), (64, 64, 64), (208, 96, 0)  # colours
 
 
 def introduction(constants: dict, device: torch.device, storage: str) -> str:
@@ -166,65 +161,3 @@ def draw_rewards(path: Path, evaluations: list[Evaluation]) -> None:
     ticks = [tick for tick in MaxNLocator(6).tick_values(0, minutes[-1]) if minutes[0] <= tick <= minutes[-1]]
     top.set_xticks(np.interp(ticks, minutes, steps), [f"{tick:g}" for tick in ticks])
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
-
-
-class Watched:
-    """An agent, with the Q values of all that it sees and the actions that it chooses."""
-
-    def __init__(self, agent: Agent):
-        self._agent = agent
-        self.values: list[np.ndarray] = []
-        self.actions: list[int] = []
-
-    def run(self, states: Tensor, **options) -> np.ndarray:
-        """As the agent's, for one game."""
-        actions = self._agent.run(states, **options)
-        self.values.append(self._agent.values(states)[0].cpu().numpy())
-        self.actions.append(int(actions[0]))
-        return actions
-
-
-def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, seed: int) -> None:
-    """Play a game with the model at `path` and write it, beside its Q values, as MOVIE. Raises ConfigError."""
-    try:
-        about, shape, _ = read_model(path)
-        env = AtariEnv(about["game"], 1, device, stack_size=shape["stack_size"], frame_skip=about["frame_skip"])
-        if env.get_action_dim() != shape["action_dim"]:
-            raise ValueError(f"{path} knows {shape['action_dim']} actions, {env.game} has {env.get_action_dim()}")
-        agent = Agent(device=device, dtype=dtype, **shape)
-        agent.load(path)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    except (AttributeError, KeyError, TypeError, RuntimeError):  # whatever strange values lead to
-        raise ConfigError(f"{path} does not say for which game and network it is") from None
-    watched = Watched(agent)
-    (score,) = env.evaluate(watched, 1, epsilon, seed, record=True)
-    try:
-        write_whole(MOVIE, lambda file: save_animation(file, pictures(env, watched), env.frame_skip))
-    except OSError as error:
-        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from None
-    print(f"{path}: a game of {env.game}, score {score:g}, {len(watched.values)} pictures in {MOVIE}", file=sys.stderr)
-
-
-def pictures(env: AtariEnv, watched: Watched) -> Iterator[Image.Image]:
-    """The recorded game, each screen beside the values that the agent gave its actions and the one it chose."""
-    names = env.get_action_meanings()
-    low, high = np.min(watched.values), np.max(watched.values)
-    moments = zip(env.get_recording(), watched.values, watched.actions, strict=True)
-    for step, ((frame, score), values, chosen) in enumerate(moments):
-        picture = Image.new("RGB", (2 * SCREEN[1] + PANEL, SCREEN[0]))
-        picture.paste(widen(Image.fromarray(frame)))
-        pen = ImageDraw.Draw(picture)
-        pen.fontmode = "1"  # two colours are enough, and the palette is small
-        left, right = 2 * SCREEN[1] + MARGIN, picture.width - MARGIN
-        pen.text((left, 2), f"score {score:g}", TEXT)
-        pen.text((right, 2), f"step {step}", TEXT, anchor="ra")
-        for number, (name, value) in enumerate(zip(names, values, strict=True)):
-            y = 2 + LINE * (number + 2)
-            width = round((value - low) / max(high - low, 1e-6) * (right - left))
-            pen.rectangle((left, y + 1, left + width, y + LINE - 1), CHOSEN if number == chosen else BAR)
-            pen.text((left + 2, y - 1), name, TEXT)
-            pen.text((right, y - 1), f"{value:.2f}", TEXT, anchor="ra")
-        yield picture

@@ -21,6 +21,7 @@ from test_main import TINY
 import main
 import utils_config
 import utils_log
+import utils_play
 from utils_drl import Agent
 from utils_env import AtariEnv
 from utils_log import Log, draw_rewards
@@ -376,21 +377,22 @@ def test_a_model_plays_its_own_game_in_true_colour_one_picture_a_step(run_main, 
     (tmp_path / "run.json").write_text("a run of something else")
     status, told = run_main(PLAY=str(path), GAME="breakout", STACK_SIZE=4, EVAL_EPS=0.5)
     assert status == 0
-    said = re.fullmatch(rf"{path}: a game of pong, score (-?\d+), (\d+) pictures in play.gif\n", told)
+    said = re.fullmatch(rf"{path}: playing a game of pong\nscore (-?\d+), (\d+) pictures in play.gif\n", told)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "play.gif", "run.json"]
     with Image.open("play.gif") as animation:
         assert animation.n_frames == int(said[2]) > 50
-        assert animation.size == (510, 210)
+        assert animation.size == (940, 420)
         animation.seek(30)
         screen = np.asarray(animation.convert("RGB"))
-    assert (screen[:, :320].min(2) != screen[:, :320].max(2)).mean() > 0.5, "only grays"
-    assert (screen[:, 320:] == utils_log.CHOSEN).all(2).sum() > 10, "no action is chosen"
-    assert np.array_equal(screen[:, :320:2], screen[:, 1:320:2]), "pixels are square"
+    assert (screen[:, :640].min(2) != screen[:, :640].max(2)).mean() > 0.5, "only grays"
+    assert (screen[:, 640:] == utils_play.CHOSEN).all(2).sum() > 10, "no action is chosen"
+    for part in range(1, 4):
+        assert np.array_equal(screen[:, part:640:4], screen[:, :640:4]), "pixels are square"
 
 
-def test_the_pictures_show_the_recorded_game_with_its_score(tmp_path):
+def test_the_pictures_show_the_recorded_game_beside_the_values_of_its_actions():
     env, agent = AtariEnv("breakout", 1), Agent(4)
-    watched = utils_log.Watched(agent)
+    watched = utils_play.Watched(agent)
     (score,) = env.evaluate(watched, 1, 1.0, 3, record=True)
     recorded = list(env.get_recording())
     assert len(recorded) == len(watched.values) == len(watched.actions)
@@ -398,9 +400,23 @@ def test_the_pictures_show_the_recorded_game_with_its_score(tmp_path):
     assert points == sorted(points)
     assert (points[0], points[-1]) == (0.0, score)
     assert score > 0
-    env.evaluate(utils_log.Watched(agent), 1, 1.0, 3, record=True)
-    for (frame, _), picture in zip(recorded, utils_log.pictures(env, watched), strict=True):
-        assert np.array_equal(np.asarray(picture)[:, :320:2], frame)
+    env.evaluate(utils_play.Watched(agent), 1, 1.0, 3, record=True)
+    widths = []
+    for step, picture in enumerate(utils_play.pictures(env, watched, "a title")):
+        pixels = np.asarray(picture)
+        assert np.array_equal(pixels[::2, :640:4], recorded[step][0])
+        widths.append(columns(pixels, utils_play.CHOSEN, 20))
+        gains = np.diff(points[max(step - utils_play.TRACE, 0) : step + 1])
+        assert columns(pixels, utils_play.POINTS, 100) == np.count_nonzero(gains)
+    values = [values[action] for values, action in zip(watched.values, watched.actions, strict=True)]
+    widths = np.array(widths)[np.argsort(values)]
+    assert (np.diff(widths) >= 0).all()
+    assert widths[0] < widths[-1] / 4
+
+
+def columns(pixels: np.ndarray, colour: tuple[int, int, int], rows: int) -> int:
+    """The columns beside the screen in which at least so many rows are of the colour."""
+    return np.count_nonzero((pixels[:, 640:] == colour).all(2).sum(0) >= rows)
 
 
 @pytest.mark.parametrize(
@@ -425,10 +441,19 @@ def test_a_model_that_cannot_play_is_refused_with_a_sentence(run_main, tmp_path,
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_checkpoint_is_told_from_a_model(run_main):
+    assert run_main(MAX_STEPS=200, CHECKPOINT_FREQ=100)[0] == 0
+    (path,) = Path("models").glob("checkpoint_*")
+    sentence = f"error: {path} is a checkpoint, from which a run goes on; models are called model_000 and so on\n"
+    assert run_main(PLAY=str(path)) == (2, sentence)
+    assert not Path("play.gif").exists()
+
+
 def test_a_place_that_cannot_be_written_is_told_after_the_game(run_main, tmp_path):
     path = save(tmp_path / "model", frame_skip=60)
     os.mkdir("play.gif")
-    assert run_main(PLAY=str(path), EVAL_EPS=1.0) == (2, "error: cannot write play.gif: Is a directory\n")
+    status, told = run_main(PLAY=str(path), EVAL_EPS=1.0)
+    assert (status, told.splitlines()[-1]) == (2, "error: cannot write play.gif: Is a directory")
 
 
 # What others know
