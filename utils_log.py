@@ -1,9 +1,12 @@
-"""What a person sees: a run's bar, its curves, the picture of its scores."""
+"""What a person sees of a run: what it is about to do, its bar, its curves, the picture of its scores, its end."""
 
+import contextlib
+import shlex
+import shutil
 import sys
 import time
 from collections import deque
-from datetime import timedelta
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +17,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils_config import command_line, describe_device
+import utils_config
+from utils_config import count
 from utils_drl import Agent, write_whole
 from utils_env import AtariEnv, normalize_game
 from utils_run import CURVES, PICTURE, REWARDS, Evaluation, Run
@@ -24,40 +28,74 @@ POINT_FREQ = 10_000  # steps between points of the curves; an evaluation adds on
 LINE_SECONDS = 30  # between the lines that stand for the bar where there is no terminal
 RECENT = 100  # finished games of which the bar gives the mean score
 LOOKS = 30  # over which the bar's rate is taken
+SHORT = {  # words where a bar is narrow, so that 80 columns hold all of it
+    " steps/s": "/s",
+    "evaluation score": "eval",
+    ", best": " best",
+    ", training score": " train",
+    ", epsilon": " eps",
+}
 
 
-def introduction(constants: dict, device: torch.device, storage: str) -> str:
+def introduction(constants: dict, device: torch.device, storage: str, space: str) -> str:
     """What is about to be done with `constants`, where, and how to stop it and go on."""
-    machine = describe_device(device, constants["PRECISION"])
-    game = f"{normalize_game(constants['GAME'])}: {constants['MAX_STEPS']:,} steps"
-    return "\n".join(
-        [
-            f"{game}, {constants['NUM_ENVS']} games in step, on {machine['device']}, {machine['precision']}",
-            storage,
-            f"results: {REWARDS}, {PICTURE}, {CURVES}/ (tensorboard --logdir={CURVES}), {constants['SAVE_PREFIX']}/",
-            f"Ctrl-C stops the run at any time, and the same command goes on: {command_line()}",
-        ]
+    machine = utils_config.describe_device(device, constants["PRECISION"])
+    steps, warm, games = constants["MAX_STEPS"], constants["WARM_STEPS"], count(constants["NUM_ENVS"], "game")
+    lines = [
+        f"{normalize_game(constants['GAME'])}: {steps:,} steps, {games} in step, learning after {warm:,}",
+        f"on {machine['device']}, {machine['precision']}",
+        storage,
+        space,
+        f"results: {REWARDS}, {PICTURE}, {constants['SAVE_PREFIX']}/",
+        f"curves: tensorboard --logdir={CURVES}",
+        f"Ctrl-C stops the run at any time, and the same command goes on: {utils_config.command_line()}",
+    ]
+    if steps <= warm:
+        lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends before WARM_STEPS ({warm})")
+    return "\n".join([*lines, "making the games, the networks and the memory"])
+
+
+def conclusion(run: Run) -> str:
+    """What came out of a finished `run`, and how to watch it."""
+    last, best = run.evaluations[-1], best_of(run.evaluations)
+    model = run.models / f"model_{best.number:03d}"
+    return (
+        f"finished after {span(60 * last.minutes)}; best mean score {best.mean:.1f}, of {model}; to watch it play:\n"
+        f"{shlex.join(['python', sys.argv[0], f'--PLAY={model}'])}"
     )
 
 
-class Log:
-    """The bar, the curves and the picture of `run`, which goes on at step `start` and ends at `total`; a context.
+def span(seconds: float) -> str:
+    """A time as one short word: 45s, 12m, 3.4h."""
+    return f"{seconds:.0f}s" if seconds < 60 else f"{seconds / 60:.0f}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
 
-    Where stderr is no terminal, a line every LINE_SECONDS stands for the bar. Time spent evaluating is no one's.
+
+def best_of(evaluations: list[Evaluation]) -> Evaluation:
+    """The first of those with the highest mean score."""
+    return max(evaluations, key=lambda evaluation: evaluation.mean)
+
+
+class Log:
+    """The bar, the curves and the picture of `run`, which goes on at step `start` with `constants`; a context.
+
+    Where stderr is no terminal, a line every LINE_SECONDS stands for the bar. Time in a `pause` is no one's.
     """
 
-    def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, total: int):
-        self._run, self._env, self._agent, self._memory, self._total = run, env, agent, memory, total
+    def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, constants: dict):
+        self._run, self._env, self._agent, self._memory = run, env, agent, memory
+        self._total, self._warm_steps = constants["MAX_STEPS"], constants["WARM_STEPS"]
         # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
         self._curves = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
         if run.evaluations:
             self._draw()
-        form = "{percentage:3.0f}%|{bar}| {n:,}/{total:,}{postfix}"
-        self._bar = tqdm(total=total, initial=min(start, total), bar_format=form, dynamic_ncols=True, disable=None)
+        done = min(start, self._total)
+        form = "{percentage:.1f}% {desc} |{bar}|"  # what does not fit is cut off: first the bar
+        self._bar = tqdm(total=self._total, initial=done, bar_format=form, dynamic_ncols=True, disable=None)
         self._line_due = 0.0
-        self._paused, self._stopped = 0.0, None  # seconds of evaluations, and when the one that is going on began
-        self._looks = deque([(self._clock(), start)], maxlen=LOOKS)
-        self._point = self._looks[0]
+        self._paused, self._stopped = 0.0, None  # seconds of pauses, and when the one that is going on began
+        self._looks = [deque(maxlen=LOOKS), deque(maxlen=LOOKS)]  # of warming up, and of learning
+        self._loss: Tensor | None = None
+        self._point = (self._clock(), start)
         self._games: list[Episode] = []  # since the last point
         self._recent = deque(maxlen=RECENT)
 
@@ -70,42 +108,41 @@ class Log:
 
     def show(self, step: int, loss: Tensor | None) -> None:
         """Say how things stand at `step`, with the last `loss`, and draw the curves on. Waits for the device."""
-        self._looks.append((self._clock(), step))
+        self._loss = loss
+        self._looks[loss is not None].append((self._clock(), step))
         self._collect()
-        words = self._words(loss)
-        self._bar.set_postfix_str(words, refresh=False)
-        self._bar.update(min(step, self._total) - self._bar.n)
-        if self._bar.disable and time.monotonic() >= self._line_due:
-            print(f"step {step:,} of {self._total:,}: {words}", file=sys.stderr)
+        if not self._bar.disable or time.monotonic() >= self._line_due:
+            self._say(step, self._words())
             self._line_due = time.monotonic() + LINE_SECONDS
         if step // POINT_FREQ > self._point[1] // POINT_FREQ:
             self._add_point(step)
 
-    def evaluating(self, games: int) -> None:
-        """The clock stops for an evaluation of `games`."""
+    @contextlib.contextmanager
+    def pause(self, step: int, doing: str) -> Iterator[None]:
+        """After `step`, be `doing` something else than training: say so, and let the clock stand still."""
+        self._say(step, doing)
         self._stopped = time.perf_counter()
-        self._bar.set_postfix_str(f"evaluating {games} games")
+        yield
+        self._paused += time.perf_counter() - self._stopped
+        self._stopped = None
+        if not self._bar.disable:
+            self._say(step, self._words())
 
     def evaluated(self) -> None:
-        """Tell of the run's last evaluation, and let the clock go on."""
+        """Tell of the run's last evaluation."""
         self._draw()
-        last, best = self._run.evaluations[-1], self._best
-        low, high = min(last.scores), max(last.scores)
-        told = f"step {last.step:,}: mean score {last.mean:.1f} of {len(last.scores)} games, {low:g} to {high:g}"
+        last, best = self._run.evaluations[-1], best_of(self._run.evaluations)
+        games, low, high = count(len(last.scores), "game"), min(last.scores), max(last.scores)
+        told = f"step {last.step:,}: mean score {last.mean:.1f} of {games}, {low:g} to {high:g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
-        self._bar.update(min(last.step, self._total) - self._bar.n)
-        self._bar.set_postfix_str(f"evaluation {last.mean:.1f}, best {best.mean:.1f}")
         self._collect()
         if last.step > self._point[1]:
             self._add_point(last.step)
         for name, value in {"mean": last.mean, "least": low, "most": high}.items():
             self._curves.add_scalar(f"evaluation/{name}", value, last.step)
         self._curves.flush()
-        self._paused += time.perf_counter() - self._stopped
-        self._stopped = None
 
     def _draw(self) -> None:
-        self._best = max(self._run.evaluations, key=lambda evaluation: evaluation.mean)
         draw_rewards(PICTURE, self._run.evaluations)
 
     def _clock(self) -> float:
@@ -117,14 +154,34 @@ class Log:
         self._games += self._env.finished_games
         self._env.finished_games.clear()
 
-    def _words(self, loss: Tensor | None) -> str:
-        (before, first), (now, step) = self._looks[0], self._looks[-1]
-        rate = (step - first) / (now - before)
-        left = timedelta(seconds=round(max(self._total - step, 0) / rate))
-        games = f"games {np.mean(self._recent):.1f}" if self._recent else "no game over yet"
-        scores = f"{games}, evaluation {self._run.evaluations[-1].mean:.1f}, best {self._best.mean:.1f}"
-        learning = "warming up" if loss is None else f"loss {float(loss):.4f}"
-        return f"{rate:,.0f} steps/s, {left} left, {scores}, {learning}, epsilon {self._agent.epsilon:.3f}"
+    def _say(self, step: int, words: str) -> None:
+        """Tell it in the bar, or in a line."""
+        if self._bar.disable:
+            print(f"step {step:,} of {self._total:,}: {words}", file=sys.stderr)
+            return
+        self._bar.n = min(step, self._total)
+        self._bar.set_description_str(fit(words, shutil.get_terminal_size().columns - len("100.0% ") - 1))
+
+    def _words(self) -> str:
+        """How things stand: what is most asked for first."""
+        looks, words = self._looks[self._loss is not None], []
+        if len(looks) > 1:  # the first only starts the clock, because what had to be set up before it is no training
+            (before, first), (now, step) = looks[0], looks[-1]
+            rate = (step - first) / (now - before)
+            words.append(f"{rate:,.0f} steps/s")
+        if (warm := len(self._memory) / self._warm_steps) < 1:
+            words.append(f"warming up {warm:.0%}")
+        elif self._loss is None or not words:
+            words.append("learning starts")
+        else:
+            words.append(f"{span(max(self._total - step, 0) / rate)} left")
+        scores = {"evaluation score": self._run.evaluations[-1].mean, "best": best_of(self._run.evaluations).mean}
+        if self._recent:
+            scores["training score"] = np.mean(self._recent)
+        words += [f"{name} {score:.{1 if abs(score) < 1000 else 0}f}" for name, score in scores.items()]
+        if self._loss is not None:
+            words.append(f"loss {float(self._loss):.4f}")
+        return ", ".join([*words, f"epsilon {self._agent.epsilon:.2f}"])
 
     def _add_point(self, step: int) -> None:
         """Add what happened since the last point to the curves."""
@@ -141,6 +198,16 @@ class Log:
                 episodes.clear()
         for tag, value in values.items():
             self._curves.add_scalar(tag, value, step)
+
+
+def fit(words: str, room: int) -> str:
+    """`words` in `room` columns: in short words, and then without the last ones, where they need more."""
+    if len(words) > room:
+        for long, short in SHORT.items():
+            words = words.replace(long, short)
+    while len(words) > max(room, 0):
+        words = words.rpartition(", ")[0]
+    return words
 
 
 def draw_rewards(path: Path, evaluations: list[Evaluation]) -> None:

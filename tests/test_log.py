@@ -4,9 +4,10 @@ import copy
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
-import time
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ import utils_log
 import utils_play
 from utils_drl import Agent
 from utils_env import AtariEnv
-from utils_log import Log, draw_rewards
+from utils_log import Log, draw_rewards, fit
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_run import Evaluation
 from utils_types import Episode, Transition
@@ -43,12 +44,21 @@ class Parts:
     def __init__(self):
         self.evaluations = [Evaluation(0, 0, 0.1, [1.0, 3.0])]
         self.finished_games, self.finished_lives = [], []
-        self.epsilon = 0.25
-        self.agent, self.memory = (SimpleNamespace(epsilon=0.25, read_statistics=dict) for _ in range(2))
+        self.agent = SimpleNamespace(epsilon=0.25, read_statistics=dict)
+        self.read_statistics, self.stored = dict, 1_000  # the memory's
+
+    def __len__(self) -> int:
+        return self.stored
 
     def log(self, start: int = 0, total: int = 100_000) -> Log:
         """A log of them."""
-        return Log(self, self, self.agent, self.memory, start, total)
+        return Log(self, self, self.agent, self, start, {**vars(main), "MAX_STEPS": total, "WARM_STEPS": 1_000})
+
+    def evaluate(self, log: Log, step: int, *scores: float) -> None:
+        """An evaluation with these scores."""
+        with log.pause(step, "evaluating"):
+            self.evaluations.append(Evaluation(len(self.evaluations), step, step / 1000, list(scores)))
+            log.evaluated()
 
 
 @pytest.fixture
@@ -192,10 +202,9 @@ def test_clipped_scores_count_points_of_any_size_as_one():
 def test_curves_hold_the_means_of_what_happened_between_two_points(parts):
     told = iter([{}, {"loss": 0.5, "q_value": 2.0}, {"loss": 0.25, "q_value": 3.0}])
     parts.agent.read_statistics = lambda: next(told)
-    parts.memory.read_statistics = lambda: {"beta": 0.4}
+    parts.read_statistics = lambda: {"beta": 0.4}
     with parts.log() as log:
-        log.evaluating(2)
-        log.evaluated()
+        parts.evaluate(log, 0, 1.0, 3.0)
         for step in range(1_000, 31_000, 1_000):
             parts.finished_games.append(Episode(step, step / 1000, 7))
             parts.finished_lives += [Episode(step / 2, 1, 3), Episode(step / 2, 1, 4)]
@@ -214,17 +223,15 @@ def test_curves_hold_the_means_of_what_happened_between_two_points(parts):
     assert parts.finished_games == parts.finished_lives == []
 
 
-def test_the_rate_is_that_of_training_without_its_evaluations(monkeypatch, parts):
+def test_the_rate_is_that_of_training_without_its_pauses(monkeypatch, parts):
     now = 100.0
     monkeypatch.setattr(utils_log.time, "perf_counter", lambda: now)
     with parts.log() as log:
         for step in (10_000, 20_000):
             now += 20
             log.show(step, None)
-            log.evaluating(10)
-            now += 300
-            parts.evaluations.append(Evaluation(1, step, 1.0, [0.0]))
-            log.evaluated()
+            with log.pause(step, "evaluating"):
+                now += 300
     assert curves()["speed/steps_per_second"] == [(10_000, 500.0), (20_000, 500.0)]
 
 
@@ -234,9 +241,7 @@ def test_a_run_that_goes_back_to_a_checkpoint_shows_every_step_once(parts):
         with parts.log(start) as log:
             for step in range(start + 10_000, end + 10_000, 10_000):
                 log.show(step, None)
-                parts.evaluations = [Evaluation(1, step, 1.0, [value])]
-                log.evaluating(1)
-                log.evaluated()
+                parts.evaluate(log, step, value)
 
     train(0, 50_000, 0.5)
     train(20_000, 40_000, 0.25)
@@ -268,9 +273,7 @@ def test_the_picture_is_redrawn_at_every_evaluation(parts):
     pictures = []
     with parts.log() as log:
         for number in range(1, 4):
-            parts.evaluations.append(Evaluation(number, number * 100_000, 10.0 * number, [number, 2.0 * number, 0.0]))
-            log.evaluating(3)
-            log.evaluated()
+            parts.evaluate(log, number * 100_000, number, 2.0 * number, 0.0)
             pictures.append(Path("rewards.png").read_bytes())
     assert len(set(pictures)) == 3
     with Image.open(io.BytesIO(pictures[-1])) as picture:
@@ -308,57 +311,174 @@ def run_main(monkeypatch, tmp_path, capsys):
 class Terminal(io.StringIO):
     """A stderr that is one."""
 
+    def __init__(self, columns: int):
+        super().__init__()
+        self._ends = os.openpty()
+        termios.tcsetwinsize(self._ends[1], (24, columns))
+
     def isatty(self) -> bool:
         """It is."""
         return True
 
+    def fileno(self) -> int:
+        """Where its size can be asked for."""
+        return self._ends[1]
 
-def test_a_terminal_gets_a_bar_with_a_clean_line_per_evaluation_above_it(monkeypatch, parts):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("COLUMNS", "200")
+    def lines(self) -> list[str]:
+        """All that stood in it, each time the line was written anew, but for what wiped it out."""
+        return [line.rstrip() for line in re.split("[\r\n]", self.getvalue()) if line.strip()]
+
+    def close(self) -> None:
+        """Give the size's owner back."""
+        super().close()
+        for end in self._ends:
+            os.close(end)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function that makes stderr a terminal of so many columns."""
+    made = []
+
+    def make(columns: int) -> Terminal:
+        made.append(Terminal(columns))
+        monkeypatch.setattr(sys, "stderr", made[-1])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return made[-1]
+
+    yield make
+    monkeypatch.undo()
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, for a test to put on."""
+    clock = SimpleNamespace(now=1000.0)
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(utils_log.time, name, lambda: clock.now)
+    return clock
+
+
+def test_a_terminal_gets_a_bar_with_a_clean_line_per_evaluation_above_it(parts, terminal, clock):
+    stderr = terminal(160)
     with parts.log(total=3_000) as log:
         parts.finished_games += [Episode(4, 1, 1), Episode(5, 1, 1)]
-        time.sleep(0.2)  # a bar moves at most ten times a second
-        log.show(1_000, torch.tensor(0.125))
-        parts.evaluations.append(Evaluation(1, 2_000, 1.0, [0.0, 3.0]))
-        log.evaluating(10)
-        log.evaluated()
-    text = sys.stderr.getvalue()
-    rate = r"[\d,]+ steps/s, \d:\d\d:\d\d left"
-    assert re.search(rf" 33%\|[█#\d ]+\| 1,000/3,000, {rate}, games 4.5, evaluation 2.0, ", text)
-    assert "best 2.0, loss 0.1250, epsilon 0.250" in text
-    assert "evaluating 10 games" in text
-    assert re.search(r" 67%\|[█#\d ]+\| 2,000/3,000, evaluation 1.5, best 2.0\n$", text)
-    line = "step 2,000: mean score 1.5 of 2 games, 0 to 3; best mean 2.0 at step 0\n"
-    assert re.search(r"\r *\r" + re.escape(line), text)
+        for step in (0, 1_000):
+            clock.now += 8
+            log.show(step, torch.tensor(0.125))
+        parts.evaluate(log, 2_000, 0.0, 3.0)
+    lines = stderr.lines()
+    words = "125 steps/s, 16s left, evaluation score 2.0, best 2.0, training score 4.5, loss 0.1250, epsilon 0.25"
+    bars = [line for line in lines if line.startswith(f"33.3% {words} |")]
+    assert [re.sub(r"[^█#]", "", bar)[:3] for bar in bars] in (["███"], ["###"])
+    assert any(line.startswith("66.7% evaluating |") for line in lines)
+    told = "step 2,000: mean score 1.5 of 2 games, 0 to 3; best mean 2.0 at step 0"
+    assert told in lines
+    assert all(told == line for line in lines if line.startswith("step"))
+    assert "evaluation score 1.5, best 2.0" in lines[-1]
 
 
-def test_without_a_terminal_there_are_lines_at_most_every_so_often(monkeypatch, parts, capsys):
-    now = 1000.0
-    monkeypatch.setattr(utils_log.time, "monotonic", lambda: now)
+def test_eighty_columns_hold_all_that_is_asked_for(parts, terminal, clock):
+    stderr = terminal(80)
+    parts.agent.epsilon = 0.0123
+    parts.evaluations = [Evaluation(1, 0, 1.0, [27.2]), Evaluation(2, 10, 2.0, [23.9])]
+    with parts.log(total=10_000_000) as log:
+        parts.finished_games += [Episode(18.3, 1, 1)]
+        for step in (3_455_000, 3_456_000):
+            clock.now += 1000 / 215
+            log.show(step, torch.tensor(0.0068))
+    line = stderr.lines()[-1]
+    assert line.startswith("34.6% 215/s, 8.5h left, eval 23.9 best 27.2 train 18.3, loss 0.0068 eps 0.01 |")
+    assert len(line) < 80
+
+
+@pytest.mark.parametrize("room", range(0, 130, 7))
+def test_what_does_not_fit_is_left_out_whole_and_from_the_end(room):
+    words = "215 steps/s, 8.5h left, evaluation score 23.9, best 27.2, training score 18.3, loss 0.0068, epsilon 0.01"
+    short = "215/s, 8.5h left, eval 23.9 best 27.2 train 18.3, loss 0.0068 eps 0.01"
+    told = fit(words, room)
+    assert len(told) <= room
+    assert told == words or (len(words) > room and f"{short}, ".startswith(f"{told}, " if told else ""))
+
+
+def test_the_time_left_is_that_of_learning_and_the_rates_leave_out_what_comes_before(parts, terminal, clock):
+    stderr = terminal(160)
+    with parts.log(total=10_000) as log:
+
+        def say(step: int, seconds: float, loss: float | None) -> str:
+            clock.now += seconds
+            parts.stored = step // 4
+            log.show(step, loss)
+            return re.sub(r".*% |, evaluation.*", "", stderr.lines()[-1])
+
+        assert say(1_000, 30, None) == "warming up 25%"
+        assert say(2_000, 0.5, None) == "2,000 steps/s, warming up 50%"
+        assert say(3_000, 0.25, None) == "2,667 steps/s, warming up 75%"
+        assert say(5_000, 60, 0.5) == "learning starts"
+        assert say(6_000, 10, 0.5) == "100 steps/s, 40s left"
+        assert say(7_000, 30, 0.5) == "50 steps/s, 1m left"
+
+
+def test_a_run_that_goes_on_does_not_warm_up_again(parts, terminal):
+    stderr = terminal(160)
+    with parts.log(start=50_000) as log, log.pause(50_000, "starting"):
+        pass
+    assert "starting" in stderr.getvalue()
+    assert stderr.lines()[-1].startswith("50.0% learning starts, evaluation score 2.0")
+
+
+def test_without_a_terminal_there_are_lines_at_most_every_so_often(parts, clock, capsys):
     with parts.log() as log:
         for step in range(1_000, 10_000, 1_000):
             log.show(step, None)
-            now += utils_log.LINE_SECONDS / 3
+            clock.now += utils_log.LINE_SECONDS / 3
     told = capsys.readouterr().err
     assert "\r" not in told
     assert [line.split(":")[0] for line in told.splitlines()] == [f"step {n},000 of 100,000" for n in (1, 4, 7)]
-    assert "games" not in told.replace("no game over yet", "")
+    assert "training score" not in told
 
 
-def test_a_run_into_a_pipe_is_plain_lines_that_begin_with_what_there_is_to_know(tmp_path):
+def test_a_run_into_a_pipe_is_plain_lines_from_what_is_about_to_be_done_to_how_to_watch_the_best_model(tmp_path):
     constants = {**TINY, "MAX_STEPS": 2_000, "EVALUATE_FREQ": 1_000}
     command = [sys.executable, main.__file__, *(f"--{name}={value}" for name, value in constants.items())]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
     assert b"\r" not in done.stderr
     told = done.stderr.decode()
-    start = told.split("step 0: ")[0]
-    known = ("breakout: 2,000 steps, 4 games in step", "on cpu (", "1 threads, float32", "GB on cpu", "GB free")
-    for part in (*known, "rewards.txt", "rewards.png", "curves/", "./models/", "the same command goes on: python "):
+    lines = told.splitlines()
+    assert lines[0] == "breakout: 2,000 steps, 4 games in step, learning after 100"
+    assert re.fullmatch(r"on cpu \(.*\), 1 thread, float32", lines[1])
+    start = told.split("step 0")[0]
+    known = ("GB on cpu", "GB free", "rewards.txt", "rewards.png", "./models/", "--logdir=curves", "goes on: python ")
+    for part in (*known, "making the games"):
         assert part in start
-    lines = [line for line in told.splitlines() if line.startswith("step ")]
-    wanted = ["step 0: mean", "step 1,000 of 2,000: ", "step 1,000: mean", "step 2,000: mean"]
-    assert [line[: len(begin)] for line, begin in zip(lines, wanted, strict=True)] == wanted
+    wanted = ["step 0 of 2,000: evaluating the network", "step 0: mean", "step 0 of 2,000: starting the games"]
+    wanted += ["step 1,000 of 2,000: learning starts, ", "step 1,000 of 2,000: evaluating", "step 1,000: mean"]
+    wanted += ["step 2,000 of 2,000: evaluating", "step 2,000: mean"]
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line[: len(begin)] for line, begin in zip(steps, wanted, strict=True)] == wanted
+    rows = [row.split() for row in (tmp_path / "rewards.txt").read_text().splitlines()]
+    number, _, score = max(rows, key=lambda row: float(row[2]))
+    model = f"models/model_{int(number):03d}"
+    assert re.fullmatch(rf"finished after \d+s; best mean score {score}, of {model}; to watch it play:", lines[-2])
+    assert lines[-1] == shlex.join(["python", main.__file__, f"--PLAY={model}"])
+    assert (tmp_path / model).exists()
+
+
+def test_the_end_names_the_first_of_the_best_models_and_the_command_that_plays_it(monkeypatch, parts):
+    monkeypatch.setattr(sys, "argv", ["/my code/main.py", "--SEED=1"])
+    parts.models = Path("models")
+    parts.evaluations = [Evaluation(n, 1_000 * n, 65.0 * n, [score]) for n, score in enumerate((1.0, 7.0, 7.0, 2.0))]
+    assert utils_log.conclusion(parts).splitlines() == [
+        "finished after 3.2h; best mean score 7.0, of models/model_001; to watch it play:",
+        "python '/my code/main.py' --PLAY=models/model_001",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "word"), [(0, "0s"), (59, "59s"), (61, "1m"), (3_600, "1.0h"), (250_000, "69.4h")])
+def test_a_span_of_time_is_one_word(seconds, word):
+    assert utils_log.span(seconds) == word
 
 
 # A game to watch
