@@ -84,6 +84,7 @@ class Log:
     def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, constants: dict):
         self._run, self._env, self._agent, self._memory = run, env, agent, memory
         self._total, self._warm_steps = constants["MAX_STEPS"], constants["WARM_STEPS"]
+        self._heading = heading(constants)
         # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
         self._curves = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
         if run.evaluations:
@@ -143,7 +144,7 @@ class Log:
         self._curves.flush()
 
     def _draw(self) -> None:
-        draw_rewards(PICTURE, self._run.evaluations)
+        draw_rewards(PICTURE, self._run.evaluations, self._heading)
 
     def _clock(self) -> float:
         """Seconds of training."""
@@ -210,21 +211,37 @@ def fit(words: str, room: int) -> str:
     return words
 
 
-def draw_rewards(path: Path, evaluations: list[Evaluation]) -> None:
+def heading(constants: dict) -> str:
+    """What is measured with `constants`: the game, how its score comes about, and the options that are on."""
+    options = [name for name in ("PRIORITIZED", "DOUBLE_DQN", "DUELING") if constants[name]]
+    options += [f"{name}={constants[name]}" for name in ("N_STEP", "QUANTILES") if constants[name] > 1]
+    options.append(f"SEED={constants['SEED']}")
+    games = f"{count(constants['EVAL_EPISODES'], 'game')} per evaluation, epsilon {constants['EVAL_EPS']:g}"
+    return f"{normalize_game(constants['GAME'])}: {games}\n{', '.join(options)}"
+
+
+def draw_rewards(path: Path, evaluations: list[Evaluation], title: str) -> None:
     """Write a PNG of the scores over steps: their mean, middle half and range over the games; minutes on top."""
     steps, minutes = (np.array([getattr(each, name) for each in evaluations]) for name in ("step", "minutes"))
     low, lower, upper, high = np.array([np.percentile(each.scores, [0, 25, 75, 100]) for each in evaluations]).T
-    figure = Figure(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="steps", ylabel="score of a game")
+    axes.set_title(title, fontsize="medium")
     axes.fill_between(steps, low, high, color="C0", alpha=0.12, linewidth=0, label="least to most")
     axes.fill_between(steps, lower, upper, color="C0", alpha=0.3, linewidth=0, label="middle half of the games")
     axes.plot(steps, [each.mean for each in evaluations], color="C0", marker=".", label="mean")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.legend(loc="upper left")
+    marks = ticks(steps[0], steps[-1])
+    axes.set_xticks(marks, [f"{mark:,.0f}" for mark in marks])
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     top = axes.twiny()
     top.set(xlim=axes.get_xlim(), xlabel="minutes")
-    ticks = [tick for tick in MaxNLocator(6).tick_values(0, minutes[-1]) if minutes[0] <= tick <= minutes[-1]]
-    top.set_xticks(np.interp(ticks, minutes, steps), [f"{tick:g}" for tick in ticks])
+    marks = ticks(minutes[0], minutes[-1])
+    top.set_xticks(np.interp(marks, minutes, steps), [f"{mark:g}" for mark in marks])
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
+
+
+def ticks(first: float, last: float) -> list[float]:
+    """A few round numbers from `first` to `last`, or else just the last."""
+    marks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, last)
+    return [mark for mark in marks if first <= mark <= last] or [round(last, 1)]

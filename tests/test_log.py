@@ -25,7 +25,7 @@ import utils_log
 import utils_play
 from utils_drl import Agent
 from utils_env import AtariEnv
-from utils_log import Log, draw_rewards, fit
+from utils_log import Log, draw_rewards, fit, heading, ticks
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_run import Evaluation
 from utils_types import Episode, Transition
@@ -281,11 +281,70 @@ def test_the_picture_is_redrawn_at_every_evaluation(parts):
         assert len(set(picture.convert("RGB").tobytes())) > 20, "nothing is drawn"
 
 
-def test_one_evaluation_and_equal_minutes_can_be_drawn(tmp_path):
-    for evaluations in ([Evaluation(0, 0, 0.0, [1.0])], [Evaluation(n, n, 0.0, [1.0]) for n in range(2)]):
-        draw_rewards(tmp_path / "rewards.png", evaluations)
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """A function that draws a picture and returns the figure in it."""
+    figures = []
+
+    class Kept(utils_log.Figure):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            figures.append(self)
+
+    def run(*evaluations: Evaluation):
+        draw_rewards(tmp_path / "rewards.png", list(evaluations), "a title")
         with Image.open(tmp_path / "rewards.png") as picture:
             picture.verify()
+        return figures[-1]
+
+    monkeypatch.setattr(utils_log, "Figure", Kept)
+    return run
+
+
+def labels(axes) -> list[tuple[float, str]]:
+    """Where the ticks of the horizontal axis stand, and what they say."""
+    texts = [label.get_text() for label in axes.get_xticklabels()]
+    return list(zip(map(float, axes.get_xticks()), texts, strict=True))
+
+
+def test_the_picture_has_steps_below_and_the_minutes_at_which_they_were_reached_above(draw):
+    steps, minutes = (0, 100_000, 200_000), (1.0, 4.0, 11.0)  # slower when learning
+    evaluations = [Evaluation(n, steps[n], minutes[n], [1.0, 2.0]) for n in range(3)]
+    below, above = draw(*evaluations).axes
+    assert labels(below) == [(n, f"{n:,}") for n in (0, 50_000, 100_000, 150_000, 200_000)]
+    assert labels(above) == [(pytest.approx(float(np.interp(n, minutes, steps))), str(n)) for n in (2, 4, 6, 8, 10)]
+    assert below.get_xlim() == above.get_xlim()
+    assert below.get_title() == "a title"
+
+
+def test_one_evaluation_and_equal_minutes_can_be_drawn(draw):
+    below, above = draw(Evaluation(0, 0, 0.34, [1.0])).axes
+    assert (labels(below), labels(above)) == ([(0, "0")], [(0, "0.3")])
+    draw(*(Evaluation(n, n, 0.0, [1.0]) for n in range(2)))
+
+
+def test_the_legend_covers_no_score(draw):
+    figure = draw(*(Evaluation(n, n * 1000, n, [9.0 - n, 5.0]) for n in range(3)))
+    assert not any(figure.legends[0].get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "marks"),
+    [
+        (0, 0, [0]),
+        (0, 4_000_000, [0, 1_000_000, 2_000_000, 3_000_000, 4_000_000]),
+        (0.2, 11, [2, 4, 6, 8, 10]),
+        (7.31, 7.34, [7.3]),
+    ],
+)
+def test_ticks_are_round_numbers_in_the_range(first, last, marks):
+    assert ticks(first, last) == marks
+
+
+def test_the_picture_is_headed_by_the_game_how_it_was_measured_and_the_options_that_are_on():
+    constants = {**vars(main), "GAME": "ALE/Pong-v5", "EVAL_EPISODES": 7, "EVAL_EPS": 0.01, "SEED": 3}
+    constants |= {"PRIORITIZED": False, "DOUBLE_DQN": True, "DUELING": False, "N_STEP": 3, "QUANTILES": 1}
+    assert heading(constants) == "pong: 7 games per evaluation, epsilon 0.01\nDOUBLE_DQN, N_STEP=3, SEED=3"
 
 
 # The console
