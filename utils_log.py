@@ -89,6 +89,8 @@ class Log:
         self._curves = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
         if run.evaluations:
             self._draw()
+        rows = (f"| {name} | {constants[name]} |" for name in utils_config.constants(constants))
+        self._curves.add_text("constants", "\n".join(["| constant | value |", "|---|---|", *rows]), start)
         done = min(start, self._total)
         form = "{percentage:.1f}% {desc} |{bar}|"  # what does not fit is cut off: first the bar
         self._bar = tqdm(total=self._total, initial=done, bar_format=form, dynamic_ncols=True, disable=None)

@@ -266,6 +266,17 @@ def test_a_whole_run_draws_every_curve_and_its_picture(run_main, tmp_path):
         assert picture.format == "PNG"
 
 
+def test_the_constants_stand_beside_the_curves(parts):
+    with parts.log():
+        pass
+    reader = EventAccumulator("curves")
+    reader.Reload()
+    (event,) = reader.Tensors("constants/text_summary")
+    table = event.tensor_proto.string_val[0].decode()
+    assert "| MAX_STEPS | 100000 |" in table
+    assert table.count("\n") == len(utils_config.constants(vars(main))) + 1
+
+
 # The picture
 
 
