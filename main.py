@@ -10,6 +10,7 @@ import torch
 
 import utils_config
 import utils_log
+import utils_play
 import utils_run
 from utils_drl import Agent
 from utils_env import AtariEnv
@@ -65,18 +66,14 @@ def main() -> None:
     device = utils_config.choose_device(DEVICE)
     dtype = utils_config.prepare(device, PRECISION, THREADS)
     if PLAY:
-        utils_log.play(PLAY, device, dtype, EVAL_EPS, SEED)
+        utils_play.play(PLAY, device, dtype, EVAL_EPS, SEED)
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
     with utils_run.open_run(globals(), device, Memory.needed_bytes(MEM_SIZE, NUM_ENVS)) as run:
-        print(utils_log.introduction(globals(), device, sentence), file=sys.stderr)
-        if MAX_STEPS <= WARM_STEPS:
-            print(
-                f"nothing will be learned: MAX_STEPS ({MAX_STEPS}) ends before WARM_STEPS ({WARM_STEPS})",
-                file=sys.stderr,
-            )
+        print(utils_log.introduction(globals(), device, sentence, run.space), file=sys.stderr)
         train(run, device, dtype, Memory, storage)
+    print(utils_log.conclusion(run), file=sys.stderr)
 
 
 def train(
@@ -124,26 +121,27 @@ def train(
         if not (due(step, EVALUATE_FREQ) or step >= MAX_STEPS) or run.evaluated(step):
             return
         number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))
-        log.evaluating(EVAL_EPISODES)
-        with run.evaluation(step, loss):
-            scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
-            if RENDER:
-                env.save_recording(f"eval_{number:03d}")
-        about = {"game": env.game, "frame_skip": FRAME_SKIP, "step": step, "score": float(scores.mean())}
-        agent.save(run.models / f"model_{number:03d}", **about)
-        run.report(number, step, scores)
-        log.evaluated()
+        with log.pause(step, "evaluating the network"):
+            with run.evaluation(step, loss):
+                scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
+                if RENDER:
+                    env.save_recording(f"eval_{number:03d}")
+            about = {"game": env.game, "frame_skip": FRAME_SKIP, "step": step, "score": float(scores.mean())}
+            agent.save(run.models / f"model_{number:03d}", **about)
+            run.report(number, step, scores)
+            log.evaluated()
 
     def restart(step: int) -> torch.Tensor:
         """Start the games and all random numbers anew, from SEED and `step` alone, and return the games' states."""
-        agent.reseed([SEED, step, 2])
-        memory.reseed([SEED, step, 3])
-        states, row = env.reset(seed=[SEED, step, 0])
-        memory.push(row)
+        with log.pause(step, "starting the games"):
+            agent.reseed([SEED, step, 2])
+            memory.reseed([SEED, step, 3])
+            states, row = env.reset(seed=[SEED, step, 0])
+            memory.push(row)
         return states
 
     start = run.resume(agent, memory)
-    with Log(run, env, agent, memory, start, MAX_STEPS) as log:
+    with Log(run, env, agent, memory, start, globals()) as log:
         evaluate(start)
         states = restart(start)
         for step in range(start + NUM_ENVS, MAX_STEPS + NUM_ENVS, NUM_ENVS):

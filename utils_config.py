@@ -313,9 +313,14 @@ def describe_device(device: torch.device, precision: str) -> dict[str, str]:
     """What computes, and how."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
-        "device": f"{device} ({platform.machine()}, {name}), {torch.get_num_threads()} threads",
+        "device": f"{device} ({platform.machine()}, {name}), {count(torch.get_num_threads(), 'thread')}",
         "precision": str(choose_dtype(precision, device)).removeprefix("torch."),
     }
+
+
+def count(number: int, noun: str) -> str:
+    """So many of them in words: 1 game, 10 games."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def command_line() -> str:

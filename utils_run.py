@@ -54,10 +54,10 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
                 probe = place / f".probe-{os.getpid()}"
                 probe.touch()
                 probe.unlink()
-            print(check_disk(values, models, memory_bytes), file=sys.stderr)
+            space = check_disk(values, models, memory_bytes)
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {models})") from None
-        run = Run(record, values, models, device)
+        run = Run(record, values, models, device, space)
         for number in SIGNALS:
             stack.callback(signal.signal, number, signal.getsignal(number))
         try:
@@ -95,8 +95,8 @@ class Evaluation(NamedTuple):
 class Run:
     """One run, from its first start to its end; made by `open_run`."""
 
-    def __init__(self, record: dict, values: dict, models: Path, device: torch.device):
-        self.models = models
+    def __init__(self, record: dict, values: dict, models: Path, device: torch.device, space: str):
+        self.models, self.space = models, space  # where its models go, and what its checkpoints take in words
         self._record, self._constants, self._device = record, values, device
         self.evaluations: list[Evaluation] = []
         self._began = time.monotonic()  # less what the run had worked for before

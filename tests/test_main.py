@@ -458,7 +458,7 @@ def test_importing_main_starts_nothing_and_a_run_from_the_shell_prints_its_bar(t
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "warning" not in done.stderr.lower()
-    for part in ("steps/s", "epsilon", "games", "loss", "GB free", "step 1,000 of 2,000", "step 2,000: mean score"):
+    for part in ("epsilon", "score", "loss", "GB free", "step 1,000 of 2,000", "step 2,000: mean score", "finished"):
         assert part in done.stderr
     imported = subprocess.run(
         [sys.executable, "-c", "import main"],
