@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import uuid
 import zipfile
@@ -29,6 +30,7 @@ from utils_drl import write_whole
 
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 FREE = ("THREADS", "RENDER")  # constants that may change when a run goes on; the first changes rounding
+UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
 ELSEWHERE = f"start in another directory, or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the terminal goes, unless under nohup
 
@@ -50,10 +52,8 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
             if not models.samefile("."):
                 _lock(models, stack)
             record = record or _new_record(values, models)
-            for place in (models, Path(".")):
-                probe = place / f".probe-{os.getpid()}"
-                probe.touch()
-                probe.unlink()
+            for place in (models, "."):
+                tempfile.TemporaryFile(dir=place).close()
             print(check_disk(values, models, memory_bytes), file=sys.stderr)
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {models})") from None
@@ -199,7 +199,8 @@ class Run:
         self._signal = number
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # the terminal may be gone; print could be in the middle of itself
-            os.write(2, f"\n{name}: a checkpoint follows; a second one leaves at once\n".encode())
+            follows = "a checkpoint follows" if self._step else "stopping"
+            os.write(2, f"\n{name}: {follows}; a second one leaves at once\n".encode())
         for each in SIGNALS:  # a second one ends the process at once, whatever it is doing; hangups come in pairs
             signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
         if number == signal.SIGHUP:  # nobody reads on, and writing there would raise
@@ -211,10 +212,12 @@ class Run:
             raise KeyboardInterrupt
 
     def _leave(self) -> None:
-        name = signal.Signals(self._signal).name
+        name, status = signal.Signals(self._signal).name, 128 + self._signal
+        if self._step == 0:
+            raise Stopped(f"stopped before the first step by {name}; start again with: {command_line()}", status)
         if self._record["checkpoint"] != self._step:
             self._save()
-        raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", 128 + self._signal)
+        raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", status)
 
     def _minutes(self) -> float:
         return (time.monotonic() - self._began) / 60
@@ -302,11 +305,16 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
 
 
 def _read_record(values: dict) -> dict | None:
-    """The record of the run here, if there is one. Raises ConfigError if it is not this run, Stopped if it is over."""
+    """The record of the run here, if there is one. One with other constants and no results makes way for a new one.
+
+    Raises ConfigError if it is damaged, or has other constants and results, and Stopped if it is over.
+    """
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
-        whole = all(isinstance(record[name], int | None) for name in ("checkpoint", "finished"))
         changed = _changed(record["constants"], values)
+        models = Path(record["constants"]["SAVE_PREFIX"]).expanduser()
+        kinds = {"run": str, "starts": list, "checkpoint": int | None, "finished": int | None}
+        whole = all(isinstance(record[name], kind) for name, kind in kinds.items())
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -314,7 +322,10 @@ def _read_record(values: dict) -> dict | None:
     if not whole:
         raise ConfigError(f"{RECORD} is damaged; put a good one back, or {ELSEWHERE}")
     if changed:
-        raise ConfigError(f"the run in this directory has {changed}; give it the same, or {ELSEWHERE}")
+        if not _discard(record, models):
+            raise ConfigError(f"the run in this directory has {changed}; give it the same, or {ELSEWHERE}")
+        print(f"the run in this directory had {changed}, and no results: a new one takes its place", file=sys.stderr)
+        return None
     if record["finished"] is not None:
         raise Stopped(f"this run is finished, at step {record['finished']:,}; start another one elsewhere", 0)
     return record
@@ -322,11 +333,39 @@ def _read_record(values: dict) -> dict | None:
 
 def _new_record(values: dict, models: Path) -> dict:
     """The record of a run that begins. Raises ConfigError where there are results of an earlier one."""
-    saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
-    for old in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")):
-        if old.exists():
-            raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
+    for old in _results(models):
+        raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
     return {"run": uuid.uuid4().hex, "constants": values, "checkpoint": None, "finished": None, "starts": []}
+
+
+def _results(models: Path) -> list[Path]:
+    """What a run with these `models` has written."""
+    saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
+    return [path for path in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")) if path.exists()]
+
+
+def _discard(record: dict, models: Path) -> bool:
+    """Remove a run that got no further than its first, untrained evaluation; False, and all stays, if it got further.
+
+    The record goes last, so that what is cut off here can be done again. Raises OSError for what is not the run's.
+    """
+    results = _results(models)
+    evaluated = REWARDS.read_bytes().split()[1::3] if REWARDS.exists() else []  # the steps
+    trained = [path for path in results if path.name not in UNTRAINED and path.suffix != ".tmp"]
+    if trained or evaluated not in ([], [b"0"]) or (record["checkpoint"], record["finished"]) != (None, None):
+        return False
+    with contextlib.ExitStack() as stack:
+        if models.is_dir() and not models.samefile("."):
+            _lock(models, stack)
+        for path in results:
+            if path.is_dir():
+                for file in (*path.glob("events.*"), *path.glob("*.png")):
+                    file.unlink()
+                path.rmdir()
+            else:
+                path.unlink()
+        RECORD.unlink()
+    return True
 
 
 def _changed(before: dict, now: dict) -> str:

@@ -156,6 +156,35 @@ def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(monkeypatch,
     assert kill_test.results(stopped) == kill_test.results(alone), "evaluations are at checkpoints here"
 
 
+def test_a_signal_before_the_first_step_leaves_no_checkpoint(monkeypatch, run_main, tmp_path):
+    with monkeypatch.context() as patch:
+        at_call(patch, main.AtariEnv, "evaluate", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        status, told = run_main(tmp_path / "run")
+    assert status == 143
+    assert told.splitlines()[-1] == "stopped before the first step by SIGTERM; start again with: python main.py"
+    assert not list((tmp_path / "run" / "models").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [(utils_run.Run, "report", 1), (main.ReplayMemory, "push", 3)],
+)
+def test_a_start_that_came_to_nothing_makes_way_for_other_constants(
+    monkeypatch, run_main, tmp_path, owner, name, number
+):
+    begun = tmp_path / "begun"
+    assert run_main(tmp_path / "alone", MAX_STEPS=8)[0] == 0
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, number, kill)
+        with pytest.raises(Killed):
+            run_main(begun, RENDER=True, SAVE_PREFIX="other")
+    status, told = run_main(begun, MAX_STEPS=8)
+    assert status == 0
+    assert "the run in this directory had MAX_STEPS=400, not 8, and no results: a new one takes its place" in told
+    assert kill_test.results(begun) == kill_test.results(tmp_path / "alone")
+    assert len(list((begun / "curves").iterdir())) == 1
+
+
 def test_a_second_signal_leaves_at_once(tmp_path):
     script = (
         "import os, signal, sys, time, torch, main, utils_config\n"
@@ -466,6 +495,57 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_pat
         pass
     with pytest.raises(Killed), utils_run.open_run(constants(CHECKPOINT_FREQ=200), CPU, 706_000_000):
         raise Killed  # 0.81 GB twice are there
+
+
+@pytest.fixture
+def begun(monkeypatch, tmp_path):
+    """A run in the current directory that was evaluated at step 0 and killed."""
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, 0) as run:
+        run.resume(Part(), Part())
+        run.report(0, 0, np.array([1.0]))
+        for name in ("models/model_000", "rewards.png", "eval_000/000000.png", "eval_000.gif", "curves/events.out.x"):
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).touch()
+        Path("models/checkpoint_0000000200.tmp").touch()
+        raise Killed
+
+
+def files() -> dict[Path, bytes]:
+    """Those here, and what is in them."""
+    return {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.usefixtures("begun")
+def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
+    with monkeypatch.context() as patch:
+        at_call(patch, Path, "unlink", number, kill)
+        with pytest.raises(Killed), utils_run.open_run(constants(GAMMA=0.5), CPU, 0):
+            pass
+    assert Path("run.json").exists()
+    write(20, GAMMA=0.5)
+    assert [str(path) for path in files()] == ["run.json"]
+
+
+@pytest.mark.parametrize("more", ["models/model_001", "models/checkpoint_0000000200", "eval_001.gif", "rewards.txt"])
+@pytest.mark.usefixtures("begun")
+def test_a_run_with_results_makes_no_way(more):
+    with open(more, "a") as file:
+        file.write("  1      200 1.0\n")
+    before = files()
+    with pytest.raises(utils_config.ConfigError, match=r"the run in this directory has GAMMA=0\.99, not 0\.5"):
+        write(20, GAMMA=0.5)
+    assert files() == before
+
+
+@pytest.mark.usefixtures("begun")
+def test_nothing_that_a_run_did_not_write_is_removed_with_it():
+    Path("curves/mine").touch()
+    with pytest.raises(utils_config.ConfigError, match="cannot write to curves: Directory not empty"):
+        write(20, GAMMA=0.5)
+    Path("curves/mine").unlink()  # fails if it is not there
+    write(20, GAMMA=0.5)
 
 
 @pytest.fixture
