@@ -272,7 +272,8 @@ def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
     size = memory_bytes + NETWORKS
     most = min((constants["MAX_STEPS"] - 1) // constants["CHECKPOINT_FREQ"], 2) + 1  # two, and one being written
     free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in directory.glob("checkpoint_*"))
-    sentence = f"checkpoints: {size / 1e9:.2f} GB each, at most {most} at a time, {free / 1e9:.2f} GB free on the disk"
+    needed = f"{size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
+    sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
         raise ConfigError(f"{sentence}; free some, or lower MEM_SIZE")
     return sentence

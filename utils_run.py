@@ -122,6 +122,7 @@ class Run:
                 refused[path] = str(error) if isinstance(error, _Refused) else "it is damaged"
         self._beats = self._step // self._constants["CHECKPOINT_FREQ"]
         self._announce(good, refused)
+        self._record["checkpoint"] = self._step if good else None
         self._clean()
         start = {"step": self._step, **describe_start(self._device, self._constants)}
         for last in self._record["starts"][-1:]:
@@ -263,7 +264,8 @@ class Run:
         if last is not None and last > self._step and self._path(last) not in refused:
             reasons.append(f"{self._path(last)} is missing")
         if reasons and not good:
-            raise ConfigError(f"{'; '.join(reasons)}; put a good one back, or {ELSEWHERE}")
+            told = f"{'; '.join(reasons)}; {REWARDS} and the models are kept"
+            raise ConfigError(f"{told}; put a good copy of a checkpoint back, or {ELSEWHERE}")
         for path in refused:
             os.replace(path, f"{path}.refused")
         for reason in reasons:

@@ -393,14 +393,31 @@ def test_without_a_good_checkpoint_the_run_is_refused_and_nothing_is_touched(pla
     path.write_bytes(b"")
     before.write_bytes(b"PK")
     content = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
-    sentence = f"{path} is refused: it is damaged; {before} is refused: it is damaged; put a good one back, or start"
+    sentence = f"{path} is refused: it is damaged; {before} is refused: it is damaged; rewards.txt and the models are"
     with pytest.raises(utils_config.ConfigError, match=re.escape(sentence)):
         resume()
     assert {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()} == content
     path.unlink()
     before.unlink()
-    with pytest.raises(utils_config.ConfigError, match=f"{path} is missing; put a good one back"):
+    with pytest.raises(utils_config.ConfigError, match=f"{path} is missing; .*; put a good copy"):
         resume()
+
+
+def test_a_checkpoint_that_gave_way_is_written_again_where_the_run_is_stopped(place):
+    place().write_bytes(b"")
+    part = Part()
+
+    def run() -> None:
+        with utils_run.open_run(constants(), CPU, 0) as run:
+            run.resume(part, part)
+            part.numbers.fill_(300)
+            run.report(2, 300, np.array([1.0]))
+            with run.evaluation(300, None):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(utils_config.Stopped, match="stopped at step 300 by SIGINT"):
+        run()
+    assert resume() == 300
 
 
 def test_checkpoints_that_changed_places_are_refused(place):
@@ -489,7 +506,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(utils_config.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
     with (
-        pytest.raises(utils_config.ConfigError, match=r"0\.81 GB each, at most 3 at a time, 2\.00 GB free"),
+        pytest.raises(utils_config.ConfigError, match=r"0\.81 GB each, at most 3 at a time .*, 2\.00 GB free"),
         utils_run.open_run(constants(), CPU, 706_000_000),
     ):
         pass
