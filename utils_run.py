@@ -10,6 +10,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -187,7 +188,8 @@ class Run:
 
     def finish(self) -> None:
         """After the last step."""
-        self._record["finished"] = self._step
+        best = max(self.evaluations, key=lambda evaluation: evaluation.mean)
+        self._record |= {"finished": self._step, "best": f"model_{best.number:03d}", "score": best.mean}
         self._write_record()
 
     def stopped(self, cause: str, remedy: str) -> Stopped:
@@ -329,7 +331,11 @@ def _read_record(values: dict) -> dict | None:
         print(f"the run in this directory had {changed}, and no results: a new one takes its place", file=sys.stderr)
         return None
     if record["finished"] is not None:
-        raise Stopped(f"this run is finished, at step {record['finished']:,}; start another one elsewhere", 0)
+        told = f"this run is finished, at step {record['finished']:,}; start another one elsewhere"
+        if "best" in record:
+            watch = shlex.join(["python", sys.argv[0], f"--PLAY={models / record['best']}"])
+            told += f"; its best model has a mean score of {record['score']:.1f}, watch it with: {watch}"
+        raise Stopped(told, 0)
     return record
 
 

@@ -210,11 +210,14 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     process.stdout.close()
 
 
-def test_a_finished_run_says_so_and_touches_nothing(run_main, tmp_path):
+def test_a_finished_run_names_its_best_model_and_touches_nothing(run_main, tmp_path):
     assert run_main(tmp_path / "run", MAX_STEPS=250)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     status, told = run_main(tmp_path / "run", MAX_STEPS=250)
-    assert (status, told) == (0, "this run is finished, at step 252; start another one elsewhere\n")
+    rows = [row.split() for row in (tmp_path / "run" / "rewards.txt").read_text().splitlines()]
+    number, _, score = max(rows, key=lambda row: float(row[2]))
+    best = f"its best model has a mean score of {score}, watch it with: python main.py --PLAY=models/model_00{number}"
+    assert (status, told) == (0, f"this run is finished, at step 252; start another one elsewhere; {best}\n")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -493,6 +496,7 @@ def test_a_second_start_beside_a_running_one_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with utils_run.open_run(constants(), CPU, 0) as run:
         run.resume(Part(), Part())
+        run.report(0, 0, np.array([1.0]))
         for directory, models in (("elsewhere", "../models"), (".", "models"), (".", "other_models")):
             monkeypatch.chdir(tmp_path / directory)
             with pytest.raises(utils_config.ConfigError, match="another run is at work"):
