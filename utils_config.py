@@ -3,7 +3,9 @@
 import argparse
 import ctypes
 import difflib
+import errno
 import importlib.metadata
+import os
 import platform
 import re
 import shlex
@@ -293,8 +295,10 @@ def keep_freed_memory() -> None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation was refused; torch says so in its own ways."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation was refused; torch and its libraries say so in their own ways."""
+    told = str(error)
+    refused = "can't allocate memory" in told or os.strerror(errno.ENOMEM) in told  # for tensors, for mapped files
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or refused or told == "could not create a primitive"
 
 
 def describe_start(device: torch.device, constants: dict) -> dict:

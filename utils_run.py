@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 import zipfile
@@ -61,11 +62,14 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
         run = Run(record, values, models, device)
         for number in SIGNALS:
             stack.callback(signal.signal, number, signal.getsignal(number))
+        show = threading.excepthook
+        stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the run
+        threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
         try:
             yield run
             run.finish()
         except OSError as error:
-            cause = f"cannot write {error.filename or 'results'}: {error.strerror}"
+            cause = f"cannot write {os.fsdecode(error.filename or 'results')}: {error.strerror}"
             raise run.stopped(cause, "mend that and give the same command again") from error
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):

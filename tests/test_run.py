@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -235,6 +236,15 @@ def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeyp
     assert told.splitlines()[-1].startswith("error: step 300: training has diverged, the loss is nan")
     assert "the last good checkpoint is models/checkpoint_0000000200; start elsewhere with a lower" in told
     assert len((tmp_path / "run" / "rewards.txt").read_text().splitlines()) == 2
+
+
+def test_curves_that_cannot_be_written_end_the_run_with_one_sentence(monkeypatch, run_main, tmp_path):
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    at_call(monkeypatch, main.ReplayMemory, "push", 3, lambda: shutil.rmtree("curves"))
+    status, told = run_main(tmp_path / "run")
+    assert (status, tracebacks) == (1, [])
+    assert re.search(r"error: step \d+: cannot write curves/events\S+: No such file or directory; .*\n$", told)
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
@@ -632,6 +642,27 @@ def test_a_rewards_file_that_cannot_be_written_is_told(failing):
 def test_an_allocation_that_is_refused_is_told(failing):
     assert "step 300: out of memory: " in failing(lambda run, part: torch.empty(1 << 50))
     assert resume() == 300
+
+
+def test_memory_refused_while_a_checkpoint_is_read_leaves_it_where_it_is(monkeypatch, tmp_path):
+    size = 10_000_000  # 40 MB
+    monkeypatch.chdir(tmp_path)
+    write(220, size)
+    part, before = Part(size), files()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+
+    def run() -> None:
+        with utils_run.open_run(constants(), CPU, 0) as run:
+            resource.setrlimit(resource.RLIMIT_AS, (used + 10_000_000, limits[1]))
+            run.resume(part, part)
+
+    try:
+        with pytest.raises(utils_config.Stopped, match=r"step 0: out of memory: .*checkpoint_0000000200; free some"):
+            run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert files() == before
 
 
 def test_an_error_that_is_none_of_these_keeps_its_traceback(place):
