@@ -59,9 +59,6 @@ def run(main: Callable[[], None], module: dict) -> int:
     except Stopped as stop:
         print(f"error: {stop}" if stop.status in (1, 2) else stop, file=sys.stderr)
         return stop.status
-    except KeyboardInterrupt:
-        print("interrupted before the first step; nothing is lost", file=sys.stderr)
-        return 130
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise

@@ -185,9 +185,9 @@ class Run:
         if step >= self._constants["MAX_STEPS"] or (beats == self._beats and not self._signal):
             return False
         self.check(step, loss, weights=True)
-        if self._signal:
-            self._leave()
         self._save()
+        if self._signal:  # before the step or while saving
+            self._leave()
         return True
 
     def finish(self) -> None:
@@ -206,8 +206,7 @@ class Run:
         self._signal = number
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # the terminal may be gone; print could be in the middle of itself
-            follows = "a checkpoint follows" if self._step else "stopping"
-            os.write(2, f"\n{name}: {follows}; a second one leaves at once\n".encode())
+            os.write(2, f"\n{name}: stopping in order; a second one leaves at once\n".encode())
         for each in SIGNALS:  # a second one ends the process at once, whatever it is doing; hangups come in pairs
             signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
         if number == signal.SIGHUP:  # nobody reads on, and writing there would raise

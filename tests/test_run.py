@@ -186,6 +186,27 @@ def test_a_start_that_came_to_nothing_makes_way_for_other_constants(
     assert len(list((begun / "curves").iterdir())) == 1
 
 
+def test_ctrl_c_while_the_program_is_loaded_ends_it_without_a_traceback(tmp_path):
+    process = kill_test.start(tmp_path, kill_test.SMALL)
+    assert kill_test.wait_for(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate()[1], process.returncode) == ("", -signal.SIGINT)
+
+
+def test_a_signal_while_a_checkpoint_is_written_ends_the_run_with_that_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    part = Part()
+    part.state_dict = lambda: os.kill(os.getpid(), signal.SIGTERM) or {"numbers": part.numbers}
+
+    def run() -> None:
+        with utils_run.open_run(constants(), CPU, 0) as run:
+            run.resume(part, part)
+            run.pause(100, None)
+
+    with pytest.raises(utils_config.Stopped, match="stopped at step 100 by SIGTERM"):
+        run()
+
+
 def test_a_second_signal_leaves_at_once(tmp_path):
     script = (
         "import os, signal, sys, time, torch, main, utils_config\n"
