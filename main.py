@@ -4,7 +4,11 @@ One step is one decision of the agent in one game, FRAME_SKIP emulator frames. N
 iteration of the loop is NUM_ENVS steps. Every count below is in steps unless it says otherwise.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after a run there is nothing to put in order
 
 import torch
 
