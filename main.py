@@ -4,12 +4,17 @@ One step is one decision of the agent in one game, FRAME_SKIP emulator frames. N
 iteration of the loop is NUM_ENVS steps. Every count below is in steps unless it says otherwise.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # before and after a run there is nothing to put in order
 
 import torch
 
 import utils_config
 import utils_log
+import utils_play
 import utils_run
 from utils_drl import Agent
 from utils_env import AtariEnv
@@ -24,24 +29,24 @@ NUM_ENVS: int = 32  # games in step; more of them feed the emulators' threads be
 STACK_SIZE: int = 4  # frames the agent sees, so that it sees motion
 FRAME_SKIP: int = 4  # emulator frames per step
 
-# The algorithm
+# The algorithm: what measured best on Breakout; README.md has the classic recipe of Mnih et al. 2015 as one line
 GAMMA: float = 0.99  # discount per step
 EPS_START: float = 1.0  # probability of a random action at first ...
-EPS_END: float = 0.1  # ... and in the end,
-EPS_DECAY: int = 1_000_000  # steps of training over which it falls linearly
+EPS_END: float = 0.01  # ... and in the end,
+EPS_DECAY: int = 250_000  # steps of training over which it falls linearly
 BATCH_SIZE: int = 32  # transitions per update
 POLICY_UPDATE: int = 4  # steps per update
-TARGET_UPDATE: int = 10_000  # steps between copies of the policy into the target network
-WARM_STEPS: int = 50_000  # steps of random play before learning starts
+TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target network
+WARM_STEPS: int = 20_000  # steps of random play before learning starts
 MEM_SIZE: int = 100_000  # steps the replay memory keeps, 7.1 kB each
-LEARNING_RATE: float = 6.25e-5  # of Adam
+LEARNING_RATE: float = 1e-4  # of Adam
 ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
-PRIORITIZED: bool = False  # replay surprising transitions more often (Schaul et al. 2016)
+PRIORITIZED: bool = True  # replay surprising transitions more often (Schaul et al. 2016)
 ALPHA: float = 0.5  # how much more often: 0 is uniform, 1 in proportion to the TD error
 BETA_START: float = 0.4  # how far importance weights correct for it at first; 1 (fully) after MAX_STEPS
-DOUBLE_DQN: bool = False  # the policy network chooses the action that the target network values
+DOUBLE_DQN: bool = True  # the policy network chooses the action that the target network values
 DUELING: bool = False  # separate streams for the state's value and the actions' advantages
-N_STEP: int = 1  # rewards summed before bootstrapping
+N_STEP: int = 3  # rewards summed before bootstrapping
 QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's, 1 is the classic loss
 
 # Measuring
@@ -65,18 +70,14 @@ def main() -> None:
     device = utils_config.choose_device(DEVICE)
     dtype = utils_config.prepare(device, PRECISION, THREADS)
     if PLAY:
-        utils_log.play(PLAY, device, dtype, EVAL_EPS, SEED)
+        utils_play.play(PLAY, device, dtype, EVAL_EPS, SEED)
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
     with utils_run.open_run(globals(), device, Memory.needed_bytes(MEM_SIZE, NUM_ENVS)) as run:
-        print(utils_log.introduction(globals(), device, sentence), file=sys.stderr)
-        if MAX_STEPS <= WARM_STEPS:
-            print(
-                f"nothing will be learned: MAX_STEPS ({MAX_STEPS}) ends before WARM_STEPS ({WARM_STEPS})",
-                file=sys.stderr,
-            )
+        print(utils_log.introduction(globals(), device, sentence, run.space), file=sys.stderr)
         train(run, device, dtype, Memory, storage)
+    print(utils_log.conclusion(run), file=sys.stderr)
 
 
 def train(
@@ -124,26 +125,27 @@ def train(
         if not (due(step, EVALUATE_FREQ) or step >= MAX_STEPS) or run.evaluated(step):
             return
         number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))
-        log.evaluating(EVAL_EPISODES)
-        with run.evaluation(step, loss):
-            scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
-            if RENDER:
-                env.save_recording(f"eval_{number:03d}")
-        about = {"game": env.game, "frame_skip": FRAME_SKIP, "step": step, "score": float(scores.mean())}
-        agent.save(run.models / f"model_{number:03d}", **about)
-        run.report(number, step, scores)
-        log.evaluated()
+        with log.pause(step, "evaluating the network"):
+            with run.evaluation(step, loss):
+                scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
+                if RENDER:
+                    env.save_recording(f"eval_{number:03d}")
+            about = {"game": env.game, "frame_skip": FRAME_SKIP, "step": step, "score": float(scores.mean())}
+            agent.save(run.models / f"model_{number:03d}", **about)
+            run.report(number, step, scores)
+            log.evaluated()
 
     def restart(step: int) -> torch.Tensor:
         """Start the games and all random numbers anew, from SEED and `step` alone, and return the games' states."""
-        agent.reseed([SEED, step, 2])
-        memory.reseed([SEED, step, 3])
-        states, row = env.reset(seed=[SEED, step, 0])
-        memory.push(row)
+        with log.pause(step, "starting the games"):
+            agent.reseed([SEED, step, 2])
+            memory.reseed([SEED, step, 3])
+            states, row = env.reset(seed=[SEED, step, 0])
+            memory.push(row)
         return states
 
     start = run.resume(agent, memory)
-    with Log(run, env, agent, memory, start, MAX_STEPS) as log:
+    with Log(run, env, agent, memory, start, globals()) as log:
         evaluate(start)
         states = restart(start)
         for step in range(start + NUM_ENVS, MAX_STEPS + NUM_ENVS, NUM_ENVS):

@@ -3,7 +3,9 @@
 import argparse
 import ctypes
 import difflib
+import errno
 import importlib.metadata
+import os
 import platform
 import re
 import shlex
@@ -57,9 +59,6 @@ def run(main: Callable[[], None], module: dict) -> int:
     except Stopped as stop:
         print(f"error: {stop}" if stop.status in (1, 2) else stop, file=sys.stderr)
         return stop.status
-    except KeyboardInterrupt:
-        print("interrupted before the first step; nothing is lost", file=sys.stderr)
-        return 130
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -272,7 +271,8 @@ def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
     size = memory_bytes + NETWORKS
     most = min((constants["MAX_STEPS"] - 1) // constants["CHECKPOINT_FREQ"], 2) + 1  # two, and one being written
     free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in directory.glob("checkpoint_*"))
-    sentence = f"checkpoints: {size / 1e9:.2f} GB each, at most {most} at a time, {free / 1e9:.2f} GB free on the disk"
+    needed = f"{size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
+    sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
         raise ConfigError(f"{sentence}; free some, or lower MEM_SIZE")
     return sentence
@@ -292,8 +292,10 @@ def keep_freed_memory() -> None:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation was refused; torch says so in its own ways."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation was refused; torch and its libraries say so in their own ways."""
+    told = str(error)
+    refused = "can't allocate memory" in told or os.strerror(errno.ENOMEM) in told  # for tensors, for mapped files
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or refused or told == "could not create a primitive"
 
 
 def describe_start(device: torch.device, constants: dict) -> dict:
@@ -313,9 +315,14 @@ def describe_device(device: torch.device, precision: str) -> dict[str, str]:
     """What computes, and how."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return {
-        "device": f"{device} ({platform.machine()}, {name}), {torch.get_num_threads()} threads",
+        "device": f"{device} ({platform.machine()}, {name}), {count(torch.get_num_threads(), 'thread')}",
         "precision": str(choose_dtype(precision, device)).removeprefix("torch."),
     }
+
+
+def count(number: int, noun: str) -> str:
+    """So many of them in words: 1 game, 10 games."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def command_line() -> str:

@@ -282,11 +282,12 @@ def widen(screen: Image.Image) -> Image.Image:
 def save_animation(file: pathlib.Path | BinaryIO, images: Iterable[Image.Image], frame_skip: int) -> None:
     """Write `images`, one per step, as a GIF at the game's own speed. Raises ValueError if there are none."""
     # An Atari shows at most 128 colours, so a palette loses nothing.
-    frames = [image.quantize(256, dither=Image.Dither.NONE) for image in images]
-    if not frames:
+    frames = (image.quantize(256, dither=Image.Dither.NONE) for image in images)
+    first = next(frames, None)
+    if first is None:
         raise ValueError("nothing to write: no evaluation was recorded since the last time")
     duration = round(1000 * frame_skip / FRAMES_PER_SECOND, -1)  # GIF counts hundredths of a second
-    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0)
+    first.save(file, "GIF", save_all=True, append_images=frames, duration=duration, loop=0)
 
 
 def _take(totals: np.ndarray, ended: np.ndarray) -> list[Episode]:

@@ -1,24 +1,26 @@
-"""What a person sees: a run's bar, its curves and the picture of its scores; and one game of a trained model."""
+"""What a person sees of a run: what it is about to do, its bar, its curves, the picture of its scores, its end."""
 
+import contextlib
+import shlex
+import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from utils_config import ConfigError, command_line, describe_device
-from utils_drl import Agent, read_model, write_whole
-from utils_env import SCREEN, AtariEnv, normalize_game, save_animation, widen
+import utils_config
+from utils_config import count
+from utils_drl import Agent, write_whole
+from utils_env import AtariEnv, normalize_game
 from utils_run import CURVES, PICTURE, REWARDS, Evaluation, Run
 from utils_types import Episode
 
@@ -26,43 +28,77 @@ POINT_FREQ = 10_000  # steps between points of the curves; an evaluation adds on
 LINE_SECONDS = 30  # between the lines that stand for the bar where there is no terminal
 RECENT = 100  # finished games of which the bar gives the mean score
 LOOKS = 30  # over which the bar's rate is taken
-MOVIE = Path("play.gif")
-PANEL, MARGIN, LINE = 190, 6, 10  # pixels beside the screen: width, border, height of a line of text
-TEXT, BAR, CHOSEN = (255, 255, 255), (64, 64, 64), (208, 96, 0)  # colours
+SHORT = {  # words where a bar is narrow, so that 80 columns hold all of it
+    " steps/s": "/s",
+    "evaluation score": "eval",
+    ", best": " best",
+    ", training score": " train",
+    ", epsilon": " eps",
+}
 
 
-def introduction(constants: dict, device: torch.device, storage: str) -> str:
+def introduction(constants: dict, device: torch.device, storage: str, space: str) -> str:
     """What is about to be done with `constants`, where, and how to stop it and go on."""
-    machine = describe_device(device, constants["PRECISION"])
-    game = f"{normalize_game(constants['GAME'])}: {constants['MAX_STEPS']:,} steps"
-    return "\n".join(
-        [
-            f"{game}, {constants['NUM_ENVS']} games in step, on {machine['device']}, {machine['precision']}",
-            storage,
-            f"results: {REWARDS}, {PICTURE}, {CURVES}/ (tensorboard --logdir={CURVES}), {constants['SAVE_PREFIX']}/",
-            f"Ctrl-C stops the run at any time, and the same command goes on: {command_line()}",
-        ]
+    machine = utils_config.describe_device(device, constants["PRECISION"])
+    steps, warm, games = constants["MAX_STEPS"], constants["WARM_STEPS"], count(constants["NUM_ENVS"], "game")
+    lines = [
+        f"{normalize_game(constants['GAME'])}: {steps:,} steps, {games} in step, learning after {warm:,}",
+        f"on {machine['device']}, {machine['precision']}",
+        storage,
+        space,
+        f"results: {REWARDS}, {PICTURE}, {constants['SAVE_PREFIX']}/",
+        f"curves: tensorboard --logdir={CURVES}",
+        f"Ctrl-C stops the run at any time, and the same command goes on: {utils_config.command_line()}",
+    ]
+    if steps <= warm:
+        lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends before WARM_STEPS ({warm})")
+    return "\n".join([*lines, "making the games, the networks and the memory"])
+
+
+def conclusion(run: Run) -> str:
+    """What came out of a finished `run`, and how to watch it."""
+    last, best = run.evaluations[-1], best_of(run.evaluations)
+    model = run.models / f"model_{best.number:03d}"
+    return (
+        f"finished after {span(60 * last.minutes)}; best mean score {best.mean:.1f}, of {model}; to watch it play:\n"
+        f"{shlex.join(['python', sys.argv[0], f'--PLAY={model}'])}"
     )
 
 
-class Log:
-    """The bar, the curves and the picture of `run`, which goes on at step `start` and ends at `total`; a context.
+def span(seconds: float) -> str:
+    """A time as one short word: 45s, 12m, 3.4h."""
+    return f"{seconds:.0f}s" if seconds < 60 else f"{seconds / 60:.0f}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
 
-    Where stderr is no terminal, a line every LINE_SECONDS stands for the bar. Time spent evaluating is no one's.
+
+def best_of(evaluations: list[Evaluation]) -> Evaluation:
+    """The first of those with the highest mean score."""
+    return max(evaluations, key=lambda evaluation: evaluation.mean)
+
+
+class Log:
+    """The bar, the curves and the picture of `run`, which goes on at step `start` with `constants`; a context.
+
+    Where stderr is no terminal, a line every LINE_SECONDS stands for the bar. Time in a `pause` is no one's.
     """
 
-    def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, total: int):
-        self._run, self._env, self._agent, self._memory, self._total = run, env, agent, memory, total
+    def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, constants: dict):
+        self._run, self._env, self._agent, self._memory = run, env, agent, memory
+        self._total, self._warm_steps = constants["MAX_STEPS"], constants["WARM_STEPS"]
+        self._heading = heading(constants)
         # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
         self._curves = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
         if run.evaluations:
             self._draw()
-        form = "{percentage:3.0f}%|{bar}| {n:,}/{total:,}{postfix}"
-        self._bar = tqdm(total=total, initial=min(start, total), bar_format=form, dynamic_ncols=True, disable=None)
+        rows = (f"| {name} | {constants[name]} |" for name in utils_config.constants(constants))
+        self._curves.add_text("constants", "\n".join(["| constant | value |", "|---|---|", *rows]), start)
+        done = min(start, self._total)
+        form = "{percentage:.1f}% {desc} |{bar}|"  # what does not fit is cut off: first the bar
+        self._bar = tqdm(total=self._total, initial=done, bar_format=form, dynamic_ncols=True, disable=None)
         self._line_due = 0.0
-        self._paused, self._stopped = 0.0, None  # seconds of evaluations, and when the one that is going on began
-        self._looks = deque([(self._clock(), start)], maxlen=LOOKS)
-        self._point = self._looks[0]
+        self._paused, self._stopped = 0.0, None  # seconds of pauses, and when the one that is going on began
+        self._looks = [deque(maxlen=LOOKS), deque(maxlen=LOOKS)]  # of warming up, and of learning
+        self._loss: Tensor | None = None
+        self._point = (self._clock(), start)
         self._games: list[Episode] = []  # since the last point
         self._recent = deque(maxlen=RECENT)
 
@@ -75,43 +111,42 @@ class Log:
 
     def show(self, step: int, loss: Tensor | None) -> None:
         """Say how things stand at `step`, with the last `loss`, and draw the curves on. Waits for the device."""
-        self._looks.append((self._clock(), step))
+        self._loss = loss
+        self._looks[loss is not None].append((self._clock(), step))
         self._collect()
-        words = self._words(loss)
-        self._bar.set_postfix_str(words, refresh=False)
-        self._bar.update(min(step, self._total) - self._bar.n)
-        if self._bar.disable and time.monotonic() >= self._line_due:
-            print(f"step {step:,} of {self._total:,}: {words}", file=sys.stderr)
+        if not self._bar.disable or time.monotonic() >= self._line_due:
+            self._say(step, self._words())
             self._line_due = time.monotonic() + LINE_SECONDS
         if step // POINT_FREQ > self._point[1] // POINT_FREQ:
             self._add_point(step)
 
-    def evaluating(self, games: int) -> None:
-        """The clock stops for an evaluation of `games`."""
+    @contextlib.contextmanager
+    def pause(self, step: int, doing: str) -> Iterator[None]:
+        """After `step`, be `doing` something else than training: say so, and let the clock stand still."""
+        self._say(step, doing)
         self._stopped = time.perf_counter()
-        self._bar.set_postfix_str(f"evaluating {games} games")
+        yield
+        self._paused += time.perf_counter() - self._stopped
+        self._stopped = None
+        if not self._bar.disable:
+            self._say(step, self._words())
 
     def evaluated(self) -> None:
-        """Tell of the run's last evaluation, and let the clock go on."""
+        """Tell of the run's last evaluation."""
         self._draw()
-        last, best = self._run.evaluations[-1], self._best
-        low, high = min(last.scores), max(last.scores)
-        told = f"step {last.step:,}: mean score {last.mean:.1f} of {len(last.scores)} games, {low:g} to {high:g}"
+        last, best = self._run.evaluations[-1], best_of(self._run.evaluations)
+        games, low, high = count(len(last.scores), "game"), min(last.scores), max(last.scores)
+        told = f"step {last.step:,}: mean score {last.mean:.1f} of {games}, {low:g} to {high:g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
-        self._bar.update(min(last.step, self._total) - self._bar.n)
-        self._bar.set_postfix_str(f"evaluation {last.mean:.1f}, best {best.mean:.1f}")
         self._collect()
         if last.step > self._point[1]:
             self._add_point(last.step)
         for name, value in {"mean": last.mean, "least": low, "most": high}.items():
             self._curves.add_scalar(f"evaluation/{name}", value, last.step)
         self._curves.flush()
-        self._paused += time.perf_counter() - self._stopped
-        self._stopped = None
 
     def _draw(self) -> None:
-        self._best = max(self._run.evaluations, key=lambda evaluation: evaluation.mean)
-        draw_rewards(PICTURE, self._run.evaluations)
+        draw_rewards(PICTURE, self._run.evaluations, self._heading)
 
     def _clock(self) -> float:
         """Seconds of training."""
@@ -122,14 +157,34 @@ class Log:
         self._games += self._env.finished_games
         self._env.finished_games.clear()
 
-    def _words(self, loss: Tensor | None) -> str:
-        (before, first), (now, step) = self._looks[0], self._looks[-1]
-        rate = (step - first) / (now - before)
-        left = timedelta(seconds=round(max(self._total - step, 0) / rate))
-        games = f"games {np.mean(self._recent):.1f}" if self._recent else "no game over yet"
-        scores = f"{games}, evaluation {self._run.evaluations[-1].mean:.1f}, best {self._best.mean:.1f}"
-        learning = "warming up" if loss is None else f"loss {float(loss):.4f}"
-        return f"{rate:,.0f} steps/s, {left} left, {scores}, {learning}, epsilon {self._agent.epsilon:.3f}"
+    def _say(self, step: int, words: str) -> None:
+        """Tell it in the bar, or in a line."""
+        if self._bar.disable:
+            print(f"step {step:,} of {self._total:,}: {words}", file=sys.stderr)
+            return
+        self._bar.n = min(step, self._total)
+        self._bar.set_description_str(fit(words, shutil.get_terminal_size().columns - len("100.0% ") - 1))
+
+    def _words(self) -> str:
+        """How things stand: what is most asked for first."""
+        looks, words = self._looks[self._loss is not None], []
+        if len(looks) > 1:  # the first only starts the clock, because what had to be set up before it is no training
+            (before, first), (now, step) = looks[0], looks[-1]
+            rate = (step - first) / (now - before)
+            words.append(f"{rate:,.0f} steps/s")
+        if (warm := len(self._memory) / self._warm_steps) < 1:
+            words.append(f"warming up {warm:.0%}")
+        elif self._loss is None or not words:
+            words.append("learning starts")
+        else:
+            words.append(f"{span(max(self._total - step, 0) / rate)} left")
+        scores = {"evaluation score": self._run.evaluations[-1].mean, "best": best_of(self._run.evaluations).mean}
+        if self._recent:
+            scores["training score"] = np.mean(self._recent)
+        words += [f"{name} {score:.{1 if abs(score) < 1000 else 0}f}" for name, score in scores.items()]
+        if self._loss is not None:
+            words.append(f"loss {float(self._loss):.4f}")
+        return ", ".join([*words, f"epsilon {self._agent.epsilon:.2f}"])
 
     def _add_point(self, step: int) -> None:
         """Add what happened since the last point to the curves."""
@@ -148,83 +203,47 @@ class Log:
             self._curves.add_scalar(tag, value, step)
 
 
-def draw_rewards(path: Path, evaluations: list[Evaluation]) -> None:
+def fit(words: str, room: int) -> str:
+    """`words` in `room` columns: in short words, and then without the last ones, where they need more."""
+    if len(words) > room:
+        for long, short in SHORT.items():
+            words = words.replace(long, short)
+    while len(words) > max(room, 0):
+        words = words.rpartition(", ")[0]
+    return words
+
+
+def heading(constants: dict) -> str:
+    """What is measured with `constants`: the game, how its score comes about, and the options that are on."""
+    options = [name for name in ("PRIORITIZED", "DOUBLE_DQN", "DUELING") if constants[name]]
+    options += [f"{name}={constants[name]}" for name in ("N_STEP", "QUANTILES") if constants[name] > 1]
+    options.append(f"SEED={constants['SEED']}")
+    games = f"{count(constants['EVAL_EPISODES'], 'game')} per evaluation, epsilon {constants['EVAL_EPS']:g}"
+    return f"{normalize_game(constants['GAME'])}: {games}\n{', '.join(options)}"
+
+
+def draw_rewards(path: Path, evaluations: list[Evaluation], title: str) -> None:
     """Write a PNG of the scores over steps: their mean, middle half and range over the games; minutes on top."""
     steps, minutes = (np.array([getattr(each, name) for each in evaluations]) for name in ("step", "minutes"))
     low, lower, upper, high = np.array([np.percentile(each.scores, [0, 25, 75, 100]) for each in evaluations]).T
-    figure = Figure(figsize=(8, 5))
+    figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="steps", ylabel="score of a game")
+    axes.set_title(title, fontsize="medium")
     axes.fill_between(steps, low, high, color="C0", alpha=0.12, linewidth=0, label="least to most")
     axes.fill_between(steps, lower, upper, color="C0", alpha=0.3, linewidth=0, label="middle half of the games")
     axes.plot(steps, [each.mean for each in evaluations], color="C0", marker=".", label="mean")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.legend(loc="upper left")
+    marks = ticks(steps[0], steps[-1])
+    axes.set_xticks(marks, [f"{mark:,.0f}" for mark in marks])
     axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     top = axes.twiny()
     top.set(xlim=axes.get_xlim(), xlabel="minutes")
-    ticks = [tick for tick in MaxNLocator(6).tick_values(0, minutes[-1]) if minutes[0] <= tick <= minutes[-1]]
-    top.set_xticks(np.interp(ticks, minutes, steps), [f"{tick:g}" for tick in ticks])
+    marks = ticks(minutes[0], minutes[-1])
+    top.set_xticks(np.interp(marks, minutes, steps), [f"{mark:g}" for mark in marks])
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
-class Watched:
-    """An agent, with the Q values of all that it sees and the actions that it chooses."""
-
-    def __init__(self, agent: Agent):
-        self._agent = agent
-        self.values: list[np.ndarray] = []
-        self.actions: list[int] = []
-
-    def run(self, states: Tensor, **options) -> np.ndarray:
-        """As the agent's, for one game."""
-        actions = self._agent.run(states, **options)
-        self.values.append(self._agent.values(states)[0].cpu().numpy())
-        self.actions.append(int(actions[0]))
-        return actions
-
-
-def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, seed: int) -> None:
-    """Play a game with the model at `path` and write it, beside its Q values, as MOVIE. Raises ConfigError."""
-    try:
-        about, shape, _ = read_model(path)
-        env = AtariEnv(about["game"], 1, device, stack_size=shape["stack_size"], frame_skip=about["frame_skip"])
-        if env.get_action_dim() != shape["action_dim"]:
-            raise ValueError(f"{path} knows {shape['action_dim']} actions, {env.game} has {env.get_action_dim()}")
-        agent = Agent(device=device, dtype=dtype, **shape)
-        agent.load(path)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    except (AttributeError, KeyError, TypeError, RuntimeError):  # whatever strange values lead to
-        raise ConfigError(f"{path} does not say for which game and network it is") from None
-    watched = Watched(agent)
-    (score,) = env.evaluate(watched, 1, epsilon, seed, record=True)
-    try:
-        write_whole(MOVIE, lambda file: save_animation(file, pictures(env, watched), env.frame_skip))
-    except OSError as error:
-        raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from None
-    print(f"{path}: a game of {env.game}, score {score:g}, {len(watched.values)} pictures in {MOVIE}", file=sys.stderr)
-
-
-def pictures(env: AtariEnv, watched: Watched) -> Iterator[Image.Image]:
-    """The recorded game, each screen beside the values that the agent gave its actions and the one it chose."""
-    names = env.get_action_meanings()
-    low, high = np.min(watched.values), np.max(watched.values)
-    moments = zip(env.get_recording(), watched.values, watched.actions, strict=True)
-    for step, ((frame, score), values, chosen) in enumerate(moments):
-        picture = Image.new("RGB", (2 * SCREEN[1] + PANEL, SCREEN[0]))
-        picture.paste(widen(Image.fromarray(frame)))
-        pen = ImageDraw.Draw(picture)
-        pen.fontmode = "1"  # two colours are enough, and the palette is small
-        left, right = 2 * SCREEN[1] + MARGIN, picture.width - MARGIN
-        pen.text((left, 2), f"score {score:g}", TEXT)
-        pen.text((right, 2), f"step {step}", TEXT, anchor="ra")
-        for number, (name, value) in enumerate(zip(names, values, strict=True)):
-            y = 2 + LINE * (number + 2)
-            width = round((value - low) / max(high - low, 1e-6) * (right - left))
-            pen.rectangle((left, y + 1, left + width, y + LINE - 1), CHOSEN if number == chosen else BAR)
-            pen.text((left + 2, y - 1), name, TEXT)
-            pen.text((right, y - 1), f"{value:.2f}", TEXT, anchor="ra")
-        yield picture
+def ticks(first: float, last: float) -> list[float]:
+    """A few round numbers from `first` to `last`, or else just the last."""
+    marks = MaxNLocator(6, steps=[1, 2, 5, 10]).tick_values(0, last)
+    return [mark for mark in marks if first <= mark <= last] or [round(last, 1)]

@@ -10,9 +10,12 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
+import threading
 import time
 import uuid
 import zipfile
@@ -29,6 +32,7 @@ from utils_drl import write_whole
 
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 FREE = ("THREADS", "RENDER")  # constants that may change when a run goes on; the first changes rounding
+UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
 ELSEWHERE = f"start in another directory, or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the terminal goes, unless under nohup
 
@@ -50,21 +54,22 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
             if not models.samefile("."):
                 _lock(models, stack)
             record = record or _new_record(values, models)
-            for place in (models, Path(".")):
-                probe = place / f".probe-{os.getpid()}"
-                probe.touch()
-                probe.unlink()
-            print(check_disk(values, models, memory_bytes), file=sys.stderr)
+            for place in (models, "."):
+                tempfile.TemporaryFile(dir=place).close()
+            space = check_disk(values, models, memory_bytes)
         except OSError as error:
             raise ConfigError(f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {models})") from None
-        run = Run(record, values, models, device)
+        run = Run(record, values, models, device, space)
         for number in SIGNALS:
             stack.callback(signal.signal, number, signal.getsignal(number))
+        show = threading.excepthook
+        stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the run
+        threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
         try:
             yield run
             run.finish()
         except OSError as error:
-            cause = f"cannot write {error.filename or 'results'}: {error.strerror}"
+            cause = f"cannot write {os.fsdecode(error.filename or 'results')}: {error.strerror}"
             raise run.stopped(cause, "mend that and give the same command again") from error
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
@@ -95,8 +100,8 @@ class Evaluation(NamedTuple):
 class Run:
     """One run, from its first start to its end; made by `open_run`."""
 
-    def __init__(self, record: dict, values: dict, models: Path, device: torch.device):
-        self.models = models
+    def __init__(self, record: dict, values: dict, models: Path, device: torch.device, space: str):
+        self.models, self.space = models, space  # where its models go, and what its checkpoints take in words
         self._record, self._constants, self._device = record, values, device
         self.evaluations: list[Evaluation] = []
         self._began = time.monotonic()  # less what the run had worked for before
@@ -122,6 +127,7 @@ class Run:
                 refused[path] = str(error) if isinstance(error, _Refused) else "it is damaged"
         self._beats = self._step // self._constants["CHECKPOINT_FREQ"]
         self._announce(good, refused)
+        self._record["checkpoint"] = self._step if good else None
         self._clean()
         start = {"step": self._step, **describe_start(self._device, self._constants)}
         for last in self._record["starts"][-1:]:
@@ -179,14 +185,15 @@ class Run:
         if step >= self._constants["MAX_STEPS"] or (beats == self._beats and not self._signal):
             return False
         self.check(step, loss, weights=True)
-        if self._signal:
-            self._leave()
         self._save()
+        if self._signal:  # before the step or while saving
+            self._leave()
         return True
 
     def finish(self) -> None:
         """After the last step."""
-        self._record["finished"] = self._step
+        best = max(self.evaluations, key=lambda evaluation: evaluation.mean)
+        self._record |= {"finished": self._step, "best": f"model_{best.number:03d}", "score": best.mean}
         self._write_record()
 
     def stopped(self, cause: str, remedy: str) -> Stopped:
@@ -199,7 +206,7 @@ class Run:
         self._signal = number
         name = signal.Signals(number).name
         with contextlib.suppress(OSError):  # the terminal may be gone; print could be in the middle of itself
-            os.write(2, f"\n{name}: a checkpoint follows; a second one leaves at once\n".encode())
+            os.write(2, f"\n{name}: stopping in order; a second one leaves at once\n".encode())
         for each in SIGNALS:  # a second one ends the process at once, whatever it is doing; hangups come in pairs
             signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
         if number == signal.SIGHUP:  # nobody reads on, and writing there would raise
@@ -211,10 +218,12 @@ class Run:
             raise KeyboardInterrupt
 
     def _leave(self) -> None:
-        name = signal.Signals(self._signal).name
+        name, status = signal.Signals(self._signal).name, 128 + self._signal
+        if self._step == 0:
+            raise Stopped(f"stopped before the first step by {name}; start again with: {command_line()}", status)
         if self._record["checkpoint"] != self._step:
             self._save()
-        raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", 128 + self._signal)
+        raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", status)
 
     def _minutes(self) -> float:
         return (time.monotonic() - self._began) / 60
@@ -260,7 +269,8 @@ class Run:
         if last is not None and last > self._step and self._path(last) not in refused:
             reasons.append(f"{self._path(last)} is missing")
         if reasons and not good:
-            raise ConfigError(f"{'; '.join(reasons)}; put a good one back, or {ELSEWHERE}")
+            told = f"{'; '.join(reasons)}; {REWARDS} and the models are kept"
+            raise ConfigError(f"{told}; put a good copy of a checkpoint back, or {ELSEWHERE}")
         for path in refused:
             os.replace(path, f"{path}.refused")
         for reason in reasons:
@@ -302,11 +312,16 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
 
 
 def _read_record(values: dict) -> dict | None:
-    """The record of the run here, if there is one. Raises ConfigError if it is not this run, Stopped if it is over."""
+    """The record of the run here, if there is one. One with other constants and no results makes way for a new one.
+
+    Raises ConfigError if it is damaged, or has other constants and results, and Stopped if it is over.
+    """
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
-        whole = all(isinstance(record[name], int | None) for name in ("checkpoint", "finished"))
         changed = _changed(record["constants"], values)
+        models = Path(record["constants"]["SAVE_PREFIX"]).expanduser()
+        kinds = {"run": str, "starts": list, "checkpoint": int | None, "finished": int | None}
+        whole = all(isinstance(record[name], kind) for name, kind in kinds.items())
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError):
@@ -314,19 +329,54 @@ def _read_record(values: dict) -> dict | None:
     if not whole:
         raise ConfigError(f"{RECORD} is damaged; put a good one back, or {ELSEWHERE}")
     if changed:
-        raise ConfigError(f"the run in this directory has {changed}; give it the same, or {ELSEWHERE}")
+        if not _discard(record, models):
+            raise ConfigError(f"the run in this directory has {changed}; give it the same, or {ELSEWHERE}")
+        print(f"the run in this directory had {changed}, and no results: a new one takes its place", file=sys.stderr)
+        return None
     if record["finished"] is not None:
-        raise Stopped(f"this run is finished, at step {record['finished']:,}; start another one elsewhere", 0)
+        told = f"this run is finished, at step {record['finished']:,}; start another one elsewhere"
+        if "best" in record:
+            watch = shlex.join(["python", sys.argv[0], f"--PLAY={models / record['best']}"])
+            told += f"; its best model has a mean score of {record['score']:.1f}, watch it with: {watch}"
+        raise Stopped(told, 0)
     return record
 
 
 def _new_record(values: dict, models: Path) -> dict:
     """The record of a run that begins. Raises ConfigError where there are results of an earlier one."""
-    saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
-    for old in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")):
-        if old.exists():
-            raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
+    for old in _results(models):
+        raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
     return {"run": uuid.uuid4().hex, "constants": values, "checkpoint": None, "finished": None, "starts": []}
+
+
+def _results(models: Path) -> list[Path]:
+    """What a run with these `models` has written."""
+    saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
+    return [path for path in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")) if path.exists()]
+
+
+def _discard(record: dict, models: Path) -> bool:
+    """Remove a run that got no further than its first, untrained evaluation; False, and all stays, if it got further.
+
+    The record goes last, so that what is cut off here can be done again. Raises OSError for what is not the run's.
+    """
+    results = _results(models)
+    evaluated = REWARDS.read_bytes().split()[1::3] if REWARDS.exists() else []  # the steps
+    trained = [path for path in results if path.name not in UNTRAINED and path.suffix != ".tmp"]
+    if trained or evaluated not in ([], [b"0"]) or (record["checkpoint"], record["finished"]) != (None, None):
+        return False
+    with contextlib.ExitStack() as stack:
+        if models.is_dir() and not models.samefile("."):
+            _lock(models, stack)
+        for path in results:
+            if path.is_dir():
+                for file in (*path.glob("events.*"), *path.glob("*.png")):
+                    file.unlink()
+                path.rmdir()
+            else:
+                path.unlink()
+        RECORD.unlink()
+    return True
 
 
 def _changed(before: dict, now: dict) -> str:

@@ -3,8 +3,9 @@
     python benchmarks/throughput.py [--peers] [--json FILE] [--rounds N] [--CONSTANT=value ...]
 
 Every part is measured once per round, the parts in turn, so that a machine whose speed wanders troubles all alike. The
-table gives medians over the rounds with the smallest and largest. `--peers` adds Stable-Baselines3's DQN doing the
-same work (pip install -r benchmarks/requirements.txt): Breakout, an update of 32 every 4 steps, the same threads.
+table gives medians over the rounds with the smallest and largest. What is measured is the classic recipe, with each
+CONSTANT that is given. `--peers` adds Stable-Baselines3's DQN doing the same work (pip install -r
+benchmarks/requirements.txt): Breakout, an update of 32 every 4 steps, the same threads.
 """
 
 import argparse
@@ -27,6 +28,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from recipes import CLASSIC
+
 import main
 import utils_config
 from utils_drl import Agent, write_whole
@@ -46,6 +49,7 @@ def bench() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part (default 3)")
     arguments, overrides = parser.parse_known_args()
     constants = vars(main)
+    constants.update(CLASSIC)
     utils_config.override(constants, overrides)
     utils_config.check(constants)
     device = utils_config.choose_device(main.DEVICE)

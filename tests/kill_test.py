@@ -20,6 +20,7 @@ from pathlib import Path
 
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 SMALL = {
+    "PRIORITIZED": False,
     "MAX_STEPS": 20_000,
     "NUM_ENVS": 8,
     "WARM_STEPS": 200,
@@ -172,13 +173,13 @@ def stop_runs(place: Path, stops: int, constants: dict, seed: int = 0) -> dict[s
             directory = None
             continue
         number_of = order.pop()
-        told = re.search(r"stopped at step ([\d,]+) by .*; go on with: python .*main\.py --MAX_STEPS", errors)
+        told = re.search(r"stopped .* step ?([\d,]*) by .* with: python .*main\.py --MAX_STEPS", errors)
         if process.returncode != 128 + number_of or not told or took > IN_TIME:
             raise AssertionError(f"{number_of!r}: status {process.returncode} after {took:.1f} s: {errors}")
-        stopped_at = int(told[1].replace(",", ""))
+        stopped_at = int(told[1].replace(",", "") or 0)
         if stopped_at < step or list(directory.rglob("*.tmp")):
             raise AssertionError(f"stopped at {stopped_at} after {step}, {list(directory.rglob('*.tmp'))}")
-        if not (directory / "models" / f"checkpoint_{stopped_at:010d}").exists():
+        if stopped_at and not (directory / "models" / f"checkpoint_{stopped_at:010d}").exists():
             raise AssertionError(f"no checkpoint of step {stopped_at}")
         step, slowest = stopped_at, max(slowest, took)
         print(f"{len(order)} stops left, the last at step {step} took {took:.2f} s", file=sys.stderr)

@@ -189,7 +189,7 @@ def test_an_interruption_reaches_the_run_once_and_waits_for_it(tmp_path, number)
     (tmp_path / "main.py").write_text("""
 import signal, time
 from pathlib import Path
-signal.signal(signal.SIGINT, lambda *_: open("signals", "a").write("SIGINT "))
+signal.signal(signal.SIGTERM, lambda *_: open("signals", "a").write("SIGTERM "))
 Path("ready").touch()
 time.sleep(0.1)
 while not Path("signals").exists(): time.sleep(0.01)
@@ -214,7 +214,7 @@ open("signals", "a").write("saved")
     child.send_signal(number)
     assert "the same command goes on" in child.communicate(timeout=20)[1]
     assert child.returncode == 130
-    assert (directory / "signals").read_text() == "SIGINT saved"
+    assert (directory / "signals").read_text() == "SIGTERM saved"
     assert json.loads((directory / "learning.json").read_text())["clock"] > 0.5
 
 

@@ -206,6 +206,7 @@ def test_values_go_back_n_steps_per_target_period_until_they_are_exact(run, prio
     models, scores = run(
         CORRIDOR,
         PRIORITIZED=prioritized,
+        DOUBLE_DQN=False,
         N_STEP=n_step,
         GAMMA=GAMMA,
         POLICY_UPDATE=4,

@@ -4,9 +4,10 @@ import copy
 import io
 import os
 import re
+import shlex
 import subprocess
 import sys
-import time
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,9 +22,10 @@ from test_main import TINY
 import main
 import utils_config
 import utils_log
+import utils_play
 from utils_drl import Agent
 from utils_env import AtariEnv
-from utils_log import Log, draw_rewards
+from utils_log import Log, draw_rewards, fit, heading, ticks
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_run import Evaluation
 from utils_types import Episode, Transition
@@ -42,12 +44,21 @@ class Parts:
     def __init__(self):
         self.evaluations = [Evaluation(0, 0, 0.1, [1.0, 3.0])]
         self.finished_games, self.finished_lives = [], []
-        self.epsilon = 0.25
-        self.agent, self.memory = (SimpleNamespace(epsilon=0.25, read_statistics=dict) for _ in range(2))
+        self.agent = SimpleNamespace(epsilon=0.25, read_statistics=dict)
+        self.read_statistics, self.stored = dict, 1_000  # the memory's
+
+    def __len__(self) -> int:
+        return self.stored
 
     def log(self, start: int = 0, total: int = 100_000) -> Log:
         """A log of them."""
-        return Log(self, self, self.agent, self.memory, start, total)
+        return Log(self, self, self.agent, self, start, {**vars(main), "MAX_STEPS": total, "WARM_STEPS": 1_000})
+
+    def evaluate(self, log: Log, step: int, *scores: float) -> None:
+        """An evaluation with these scores."""
+        with log.pause(step, "evaluating"):
+            self.evaluations.append(Evaluation(len(self.evaluations), step, step / 1000, list(scores)))
+            log.evaluated()
 
 
 @pytest.fixture
@@ -191,10 +202,9 @@ def test_clipped_scores_count_points_of_any_size_as_one():
 def test_curves_hold_the_means_of_what_happened_between_two_points(parts):
     told = iter([{}, {"loss": 0.5, "q_value": 2.0}, {"loss": 0.25, "q_value": 3.0}])
     parts.agent.read_statistics = lambda: next(told)
-    parts.memory.read_statistics = lambda: {"beta": 0.4}
+    parts.read_statistics = lambda: {"beta": 0.4}
     with parts.log() as log:
-        log.evaluating(2)
-        log.evaluated()
+        parts.evaluate(log, 0, 1.0, 3.0)
         for step in range(1_000, 31_000, 1_000):
             parts.finished_games.append(Episode(step, step / 1000, 7))
             parts.finished_lives += [Episode(step / 2, 1, 3), Episode(step / 2, 1, 4)]
@@ -213,17 +223,15 @@ def test_curves_hold_the_means_of_what_happened_between_two_points(parts):
     assert parts.finished_games == parts.finished_lives == []
 
 
-def test_the_rate_is_that_of_training_without_its_evaluations(monkeypatch, parts):
+def test_the_rate_is_that_of_training_without_its_pauses(monkeypatch, parts):
     now = 100.0
     monkeypatch.setattr(utils_log.time, "perf_counter", lambda: now)
     with parts.log() as log:
         for step in (10_000, 20_000):
             now += 20
             log.show(step, None)
-            log.evaluating(10)
-            now += 300
-            parts.evaluations.append(Evaluation(1, step, 1.0, [0.0]))
-            log.evaluated()
+            with log.pause(step, "evaluating"):
+                now += 300
     assert curves()["speed/steps_per_second"] == [(10_000, 500.0), (20_000, 500.0)]
 
 
@@ -233,9 +241,7 @@ def test_a_run_that_goes_back_to_a_checkpoint_shows_every_step_once(parts):
         with parts.log(start) as log:
             for step in range(start + 10_000, end + 10_000, 10_000):
                 log.show(step, None)
-                parts.evaluations = [Evaluation(1, step, 1.0, [value])]
-                log.evaluating(1)
-                log.evaluated()
+                parts.evaluate(log, step, value)
 
     train(0, 50_000, 0.5)
     train(20_000, 40_000, 0.25)
@@ -260,6 +266,17 @@ def test_a_whole_run_draws_every_curve_and_its_picture(run_main, tmp_path):
         assert picture.format == "PNG"
 
 
+def test_the_constants_stand_beside_the_curves(parts):
+    with parts.log():
+        pass
+    reader = EventAccumulator("curves")
+    reader.Reload()
+    (event,) = reader.Tensors("constants/text_summary")
+    table = event.tensor_proto.string_val[0].decode()
+    assert "| MAX_STEPS | 100000 |" in table
+    assert table.count("\n") == len(utils_config.constants(vars(main))) + 1
+
+
 # The picture
 
 
@@ -267,9 +284,7 @@ def test_the_picture_is_redrawn_at_every_evaluation(parts):
     pictures = []
     with parts.log() as log:
         for number in range(1, 4):
-            parts.evaluations.append(Evaluation(number, number * 100_000, 10.0 * number, [number, 2.0 * number, 0.0]))
-            log.evaluating(3)
-            log.evaluated()
+            parts.evaluate(log, number * 100_000, number, 2.0 * number, 0.0)
             pictures.append(Path("rewards.png").read_bytes())
     assert len(set(pictures)) == 3
     with Image.open(io.BytesIO(pictures[-1])) as picture:
@@ -277,11 +292,70 @@ def test_the_picture_is_redrawn_at_every_evaluation(parts):
         assert len(set(picture.convert("RGB").tobytes())) > 20, "nothing is drawn"
 
 
-def test_one_evaluation_and_equal_minutes_can_be_drawn(tmp_path):
-    for evaluations in ([Evaluation(0, 0, 0.0, [1.0])], [Evaluation(n, n, 0.0, [1.0]) for n in range(2)]):
-        draw_rewards(tmp_path / "rewards.png", evaluations)
+@pytest.fixture
+def draw(monkeypatch, tmp_path):
+    """A function that draws a picture and returns the figure in it."""
+    figures = []
+
+    class Kept(utils_log.Figure):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            figures.append(self)
+
+    def run(*evaluations: Evaluation):
+        draw_rewards(tmp_path / "rewards.png", list(evaluations), "a title")
         with Image.open(tmp_path / "rewards.png") as picture:
             picture.verify()
+        return figures[-1]
+
+    monkeypatch.setattr(utils_log, "Figure", Kept)
+    return run
+
+
+def labels(axes) -> list[tuple[float, str]]:
+    """Where the ticks of the horizontal axis stand, and what they say."""
+    texts = [label.get_text() for label in axes.get_xticklabels()]
+    return list(zip(map(float, axes.get_xticks()), texts, strict=True))
+
+
+def test_the_picture_has_steps_below_and_the_minutes_at_which_they_were_reached_above(draw):
+    steps, minutes = (0, 100_000, 200_000), (1.0, 4.0, 11.0)  # slower when learning
+    evaluations = [Evaluation(n, steps[n], minutes[n], [1.0, 2.0]) for n in range(3)]
+    below, above = draw(*evaluations).axes
+    assert labels(below) == [(n, f"{n:,}") for n in (0, 50_000, 100_000, 150_000, 200_000)]
+    assert labels(above) == [(pytest.approx(float(np.interp(n, minutes, steps))), str(n)) for n in (2, 4, 6, 8, 10)]
+    assert below.get_xlim() == above.get_xlim()
+    assert below.get_title() == "a title"
+
+
+def test_one_evaluation_and_equal_minutes_can_be_drawn(draw):
+    below, above = draw(Evaluation(0, 0, 0.34, [1.0])).axes
+    assert (labels(below), labels(above)) == ([(0, "0")], [(0, "0.3")])
+    draw(*(Evaluation(n, n, 0.0, [1.0]) for n in range(2)))
+
+
+def test_the_legend_covers_no_score(draw):
+    figure = draw(*(Evaluation(n, n * 1000, n, [9.0 - n, 5.0]) for n in range(3)))
+    assert not any(figure.legends[0].get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "marks"),
+    [
+        (0, 0, [0]),
+        (0, 4_000_000, [0, 1_000_000, 2_000_000, 3_000_000, 4_000_000]),
+        (0.2, 11, [2, 4, 6, 8, 10]),
+        (7.31, 7.34, [7.3]),
+    ],
+)
+def test_ticks_are_round_numbers_in_the_range(first, last, marks):
+    assert ticks(first, last) == marks
+
+
+def test_the_picture_is_headed_by_the_game_how_it_was_measured_and_the_options_that_are_on():
+    constants = {**vars(main), "GAME": "ALE/Pong-v5", "EVAL_EPISODES": 7, "EVAL_EPS": 0.01, "SEED": 3}
+    constants |= {"PRIORITIZED": False, "DOUBLE_DQN": True, "DUELING": False, "N_STEP": 3, "QUANTILES": 1}
+    assert heading(constants) == "pong: 7 games per evaluation, epsilon 0.01\nDOUBLE_DQN, N_STEP=3, SEED=3"
 
 
 # The console
@@ -307,57 +381,174 @@ def run_main(monkeypatch, tmp_path, capsys):
 class Terminal(io.StringIO):
     """A stderr that is one."""
 
+    def __init__(self, columns: int):
+        super().__init__()
+        self._ends = os.openpty()
+        termios.tcsetwinsize(self._ends[1], (24, columns))
+
     def isatty(self) -> bool:
         """It is."""
         return True
 
+    def fileno(self) -> int:
+        """Where its size can be asked for."""
+        return self._ends[1]
 
-def test_a_terminal_gets_a_bar_with_a_clean_line_per_evaluation_above_it(monkeypatch, parts):
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setenv("COLUMNS", "200")
+    def lines(self) -> list[str]:
+        """All that stood in it, each time the line was written anew, but for what wiped it out."""
+        return [line.rstrip() for line in re.split("[\r\n]", self.getvalue()) if line.strip()]
+
+    def close(self) -> None:
+        """Give the size's owner back."""
+        super().close()
+        for end in self._ends:
+            os.close(end)
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """A function that makes stderr a terminal of so many columns."""
+    made = []
+
+    def make(columns: int) -> Terminal:
+        made.append(Terminal(columns))
+        monkeypatch.setattr(sys, "stderr", made[-1])
+        monkeypatch.setenv("COLUMNS", str(columns))
+        return made[-1]
+
+    yield make
+    monkeypatch.undo()
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, for a test to put on."""
+    clock = SimpleNamespace(now=1000.0)
+    for name in ("perf_counter", "monotonic"):
+        monkeypatch.setattr(utils_log.time, name, lambda: clock.now)
+    return clock
+
+
+def test_a_terminal_gets_a_bar_with_a_clean_line_per_evaluation_above_it(parts, terminal, clock):
+    stderr = terminal(160)
     with parts.log(total=3_000) as log:
         parts.finished_games += [Episode(4, 1, 1), Episode(5, 1, 1)]
-        time.sleep(0.2)  # a bar moves at most ten times a second
-        log.show(1_000, torch.tensor(0.125))
-        parts.evaluations.append(Evaluation(1, 2_000, 1.0, [0.0, 3.0]))
-        log.evaluating(10)
-        log.evaluated()
-    text = sys.stderr.getvalue()
-    rate = r"[\d,]+ steps/s, \d:\d\d:\d\d left"
-    assert re.search(rf" 33%\|[█#\d ]+\| 1,000/3,000, {rate}, games 4.5, evaluation 2.0, ", text)
-    assert "best 2.0, loss 0.1250, epsilon 0.250" in text
-    assert "evaluating 10 games" in text
-    assert re.search(r" 67%\|[█#\d ]+\| 2,000/3,000, evaluation 1.5, best 2.0\n$", text)
-    line = "step 2,000: mean score 1.5 of 2 games, 0 to 3; best mean 2.0 at step 0\n"
-    assert re.search(r"\r *\r" + re.escape(line), text)
+        for step in (0, 1_000):
+            clock.now += 8
+            log.show(step, torch.tensor(0.125))
+        parts.evaluate(log, 2_000, 0.0, 3.0)
+    lines = stderr.lines()
+    words = "125 steps/s, 16s left, evaluation score 2.0, best 2.0, training score 4.5, loss 0.1250, epsilon 0.25"
+    bars = [line for line in lines if line.startswith(f"33.3% {words} |")]
+    assert [re.sub(r"[^█#]", "", bar)[:3] for bar in bars] in (["███"], ["###"])
+    assert any(line.startswith("66.7% evaluating |") for line in lines)
+    told = "step 2,000: mean score 1.5 of 2 games, 0 to 3; best mean 2.0 at step 0"
+    assert told in lines
+    assert all(told == line for line in lines if line.startswith("step"))
+    assert "evaluation score 1.5, best 2.0" in lines[-1]
 
 
-def test_without_a_terminal_there_are_lines_at_most_every_so_often(monkeypatch, parts, capsys):
-    now = 1000.0
-    monkeypatch.setattr(utils_log.time, "monotonic", lambda: now)
+def test_eighty_columns_hold_all_that_is_asked_for(parts, terminal, clock):
+    stderr = terminal(80)
+    parts.agent.epsilon = 0.0123
+    parts.evaluations = [Evaluation(1, 0, 1.0, [27.2]), Evaluation(2, 10, 2.0, [23.9])]
+    with parts.log(total=10_000_000) as log:
+        parts.finished_games += [Episode(18.3, 1, 1)]
+        for step in (3_455_000, 3_456_000):
+            clock.now += 1000 / 215
+            log.show(step, torch.tensor(0.0068))
+    line = stderr.lines()[-1]
+    assert line.startswith("34.6% 215/s, 8.5h left, eval 23.9 best 27.2 train 18.3, loss 0.0068 eps 0.01 |")
+    assert len(line) < 80
+
+
+@pytest.mark.parametrize("room", range(0, 130, 7))
+def test_what_does_not_fit_is_left_out_whole_and_from_the_end(room):
+    words = "215 steps/s, 8.5h left, evaluation score 23.9, best 27.2, training score 18.3, loss 0.0068, epsilon 0.01"
+    short = "215/s, 8.5h left, eval 23.9 best 27.2 train 18.3, loss 0.0068 eps 0.01"
+    told = fit(words, room)
+    assert len(told) <= room
+    assert told == words or (len(words) > room and f"{short}, ".startswith(f"{told}, " if told else ""))
+
+
+def test_the_time_left_is_that_of_learning_and_the_rates_leave_out_what_comes_before(parts, terminal, clock):
+    stderr = terminal(160)
+    with parts.log(total=10_000) as log:
+
+        def say(step: int, seconds: float, loss: float | None) -> str:
+            clock.now += seconds
+            parts.stored = step // 4
+            log.show(step, loss)
+            return re.sub(r".*% |, evaluation.*", "", stderr.lines()[-1])
+
+        assert say(1_000, 30, None) == "warming up 25%"
+        assert say(2_000, 0.5, None) == "2,000 steps/s, warming up 50%"
+        assert say(3_000, 0.25, None) == "2,667 steps/s, warming up 75%"
+        assert say(5_000, 60, 0.5) == "learning starts"
+        assert say(6_000, 10, 0.5) == "100 steps/s, 40s left"
+        assert say(7_000, 30, 0.5) == "50 steps/s, 1m left"
+
+
+def test_a_run_that_goes_on_does_not_warm_up_again(parts, terminal):
+    stderr = terminal(160)
+    with parts.log(start=50_000) as log, log.pause(50_000, "starting"):
+        pass
+    assert "starting" in stderr.getvalue()
+    assert stderr.lines()[-1].startswith("50.0% learning starts, evaluation score 2.0")
+
+
+def test_without_a_terminal_there_are_lines_at_most_every_so_often(parts, clock, capsys):
     with parts.log() as log:
         for step in range(1_000, 10_000, 1_000):
             log.show(step, None)
-            now += utils_log.LINE_SECONDS / 3
+            clock.now += utils_log.LINE_SECONDS / 3
     told = capsys.readouterr().err
     assert "\r" not in told
     assert [line.split(":")[0] for line in told.splitlines()] == [f"step {n},000 of 100,000" for n in (1, 4, 7)]
-    assert "games" not in told.replace("no game over yet", "")
+    assert "training score" not in told
 
 
-def test_a_run_into_a_pipe_is_plain_lines_that_begin_with_what_there_is_to_know(tmp_path):
+def test_a_run_into_a_pipe_is_plain_lines_from_what_is_about_to_be_done_to_how_to_watch_the_best_model(tmp_path):
     constants = {**TINY, "MAX_STEPS": 2_000, "EVALUATE_FREQ": 1_000}
     command = [sys.executable, main.__file__, *(f"--{name}={value}" for name, value in constants.items())]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True)
     assert b"\r" not in done.stderr
     told = done.stderr.decode()
-    start = told.split("step 0: ")[0]
-    known = ("breakout: 2,000 steps, 4 games in step", "on cpu (", "1 threads, float32", "GB on cpu", "GB free")
-    for part in (*known, "rewards.txt", "rewards.png", "curves/", "./models/", "the same command goes on: python "):
+    lines = told.splitlines()
+    assert lines[0] == "breakout: 2,000 steps, 4 games in step, learning after 100"
+    assert re.fullmatch(r"on cpu \(.*\), 1 thread, float32", lines[1])
+    start = told.split("step 0")[0]
+    known = ("GB on cpu", "GB free", "rewards.txt", "rewards.png", "./models/", "--logdir=curves", "goes on: python ")
+    for part in (*known, "making the games"):
         assert part in start
-    lines = [line for line in told.splitlines() if line.startswith("step ")]
-    wanted = ["step 0: mean", "step 1,000 of 2,000: ", "step 1,000: mean", "step 2,000: mean"]
-    assert [line[: len(begin)] for line, begin in zip(lines, wanted, strict=True)] == wanted
+    wanted = ["step 0 of 2,000: evaluating the network", "step 0: mean", "step 0 of 2,000: starting the games"]
+    wanted += ["step 1,000 of 2,000: learning starts, ", "step 1,000 of 2,000: evaluating", "step 1,000: mean"]
+    wanted += ["step 2,000 of 2,000: evaluating", "step 2,000: mean"]
+    steps = [line for line in lines if line.startswith("step ")]
+    assert [line[: len(begin)] for line, begin in zip(steps, wanted, strict=True)] == wanted
+    rows = [row.split() for row in (tmp_path / "rewards.txt").read_text().splitlines()]
+    number, _, score = max(rows, key=lambda row: float(row[2]))
+    model = f"models/model_{int(number):03d}"
+    assert re.fullmatch(rf"finished after \d+s; best mean score {score}, of {model}; to watch it play:", lines[-2])
+    assert lines[-1] == shlex.join(["python", main.__file__, f"--PLAY={model}"])
+    assert (tmp_path / model).exists()
+
+
+def test_the_end_names_the_first_of_the_best_models_and_the_command_that_plays_it(monkeypatch, parts):
+    monkeypatch.setattr(sys, "argv", ["/my code/main.py", "--SEED=1"])
+    parts.models = Path("models")
+    parts.evaluations = [Evaluation(n, 1_000 * n, 65.0 * n, [score]) for n, score in enumerate((1.0, 7.0, 7.0, 2.0))]
+    assert utils_log.conclusion(parts).splitlines() == [
+        "finished after 3.2h; best mean score 7.0, of models/model_001; to watch it play:",
+        "python '/my code/main.py' --PLAY=models/model_001",
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "word"), [(0, "0s"), (59, "59s"), (61, "1m"), (3_600, "1.0h"), (250_000, "69.4h")])
+def test_a_span_of_time_is_one_word(seconds, word):
+    assert utils_log.span(seconds) == word
 
 
 # A game to watch
@@ -376,21 +567,22 @@ def test_a_model_plays_its_own_game_in_true_colour_one_picture_a_step(run_main, 
     (tmp_path / "run.json").write_text("a run of something else")
     status, told = run_main(PLAY=str(path), GAME="breakout", STACK_SIZE=4, EVAL_EPS=0.5)
     assert status == 0
-    said = re.fullmatch(rf"{path}: a game of pong, score (-?\d+), (\d+) pictures in play.gif\n", told)
+    said = re.fullmatch(rf"{path}: playing a game of pong\nscore (-?\d+), (\d+) pictures in play.gif\n", told)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "play.gif", "run.json"]
     with Image.open("play.gif") as animation:
         assert animation.n_frames == int(said[2]) > 50
-        assert animation.size == (510, 210)
+        assert animation.size == (940, 420)
         animation.seek(30)
         screen = np.asarray(animation.convert("RGB"))
-    assert (screen[:, :320].min(2) != screen[:, :320].max(2)).mean() > 0.5, "only grays"
-    assert (screen[:, 320:] == utils_log.CHOSEN).all(2).sum() > 10, "no action is chosen"
-    assert np.array_equal(screen[:, :320:2], screen[:, 1:320:2]), "pixels are square"
+    assert (screen[:, :640].min(2) != screen[:, :640].max(2)).mean() > 0.5, "only grays"
+    assert (screen[:, 640:] == utils_play.CHOSEN).all(2).sum() > 10, "no action is chosen"
+    for part in range(1, 4):
+        assert np.array_equal(screen[:, part:640:4], screen[:, :640:4]), "pixels are square"
 
 
-def test_the_pictures_show_the_recorded_game_with_its_score(tmp_path):
+def test_the_pictures_show_the_recorded_game_beside_the_values_of_its_actions():
     env, agent = AtariEnv("breakout", 1), Agent(4)
-    watched = utils_log.Watched(agent)
+    watched = utils_play.Watched(agent)
     (score,) = env.evaluate(watched, 1, 1.0, 3, record=True)
     recorded = list(env.get_recording())
     assert len(recorded) == len(watched.values) == len(watched.actions)
@@ -398,9 +590,23 @@ def test_the_pictures_show_the_recorded_game_with_its_score(tmp_path):
     assert points == sorted(points)
     assert (points[0], points[-1]) == (0.0, score)
     assert score > 0
-    env.evaluate(utils_log.Watched(agent), 1, 1.0, 3, record=True)
-    for (frame, _), picture in zip(recorded, utils_log.pictures(env, watched), strict=True):
-        assert np.array_equal(np.asarray(picture)[:, :320:2], frame)
+    env.evaluate(utils_play.Watched(agent), 1, 1.0, 3, record=True)
+    widths = []
+    for step, picture in enumerate(utils_play.pictures(env, watched, "a title")):
+        pixels = np.asarray(picture)
+        assert np.array_equal(pixels[::2, :640:4], recorded[step][0])
+        widths.append(columns(pixels, utils_play.CHOSEN, 20))
+        gains = np.diff(points[max(step - utils_play.TRACE, 0) : step + 1])
+        assert columns(pixels, utils_play.POINTS, 100) == np.count_nonzero(gains)
+    values = [values[action] for values, action in zip(watched.values, watched.actions, strict=True)]
+    widths = np.array(widths)[np.argsort(values)]
+    assert (np.diff(widths) >= 0).all()
+    assert widths[0] < widths[-1] / 4
+
+
+def columns(pixels: np.ndarray, colour: tuple[int, int, int], rows: int) -> int:
+    """The columns beside the screen in which at least so many rows are of the colour."""
+    return np.count_nonzero((pixels[:, 640:] == colour).all(2).sum(0) >= rows)
 
 
 @pytest.mark.parametrize(
@@ -425,10 +631,19 @@ def test_a_model_that_cannot_play_is_refused_with_a_sentence(run_main, tmp_path,
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_checkpoint_is_told_from_a_model(run_main):
+    assert run_main(MAX_STEPS=200, CHECKPOINT_FREQ=100)[0] == 0
+    (path,) = Path("models").glob("checkpoint_*")
+    sentence = f"error: {path} is a checkpoint, from which a run goes on; models are called model_000 and so on\n"
+    assert run_main(PLAY=str(path)) == (2, sentence)
+    assert not Path("play.gif").exists()
+
+
 def test_a_place_that_cannot_be_written_is_told_after_the_game(run_main, tmp_path):
     path = save(tmp_path / "model", frame_skip=60)
     os.mkdir("play.gif")
-    assert run_main(PLAY=str(path), EVAL_EPS=1.0) == (2, "error: cannot write play.gif: Is a directory\n")
+    status, told = run_main(PLAY=str(path), EVAL_EPS=1.0)
+    assert (status, told.splitlines()[-1]) == (2, "error: cannot write play.gif: Is a directory")
 
 
 # What others know

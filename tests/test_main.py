@@ -29,6 +29,9 @@ TINY = {
     "EVAL_EPS": 1.0,  # random play ends games soon
     "PRECISION": "float32",
     "DEVICE": "cpu",
+    "PRIORITIZED": False,
+    "DOUBLE_DQN": False,
+    "N_STEP": 1,
     "THREADS": 1,  # small work gains nothing from a second one, and on a busy machine they wait for each other
 }
 
@@ -321,7 +324,7 @@ def test_help_lists_every_constant_with_its_comment_and_default(constants, capsy
     for comment in re.findall(r"^[A-Z_]+: .*#\s*(.*)$", source, re.MULTILINE):
         assert comment in text
     assert "[breakout]" in text
-    assert "[6.25e-05]" in text
+    assert "[0.00015]" in text
 
 
 BAD = [
@@ -369,7 +372,7 @@ BAD = [
     (["--FRAME_SKIP=100_000"], "FRAME_SKIP must be at most 60"),
     (["--TARGET_UPDATE=31"], "TARGET_UPDATE (31) must be at least NUM_ENVS (32)"),
     (["--SAVE_PREFIX=" + 300 * "x"], "cannot write to xxx"),
-    (["--MEM_SIZE=1e12"], "7063000.00 GB on cpu"),
+    (["--MEM_SIZE=1e12", "--PRIORITIZED=False"], "7063000.00 GB on cpu"),
     (["--PLAY=nowhere"], "cannot read nowhere: No such file or directory"),
     (["--SAVE_PREFIX=/proc/nowhere"], "cannot write to /proc/nowhere"),
 ]
@@ -455,7 +458,7 @@ def test_importing_main_starts_nothing_and_a_run_from_the_shell_prints_its_bar(t
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "warning" not in done.stderr.lower()
-    for part in ("steps/s", "epsilon", "games", "loss", "GB free", "step 1,000 of 2,000", "step 2,000: mean score"):
+    for part in ("epsilon", "score", "loss", "GB free", "step 1,000 of 2,000", "step 2,000: mean score", "finished"):
         assert part in done.stderr
     imported = subprocess.run(
         [sys.executable, "-c", "import main"],

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -156,6 +157,56 @@ def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(monkeypatch,
     assert kill_test.results(stopped) == kill_test.results(alone), "evaluations are at checkpoints here"
 
 
+def test_a_signal_before_the_first_step_leaves_no_checkpoint(monkeypatch, run_main, tmp_path):
+    with monkeypatch.context() as patch:
+        at_call(patch, main.AtariEnv, "evaluate", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        status, told = run_main(tmp_path / "run")
+    assert status == 143
+    assert told.splitlines()[-1] == "stopped before the first step by SIGTERM; start again with: python main.py"
+    assert not list((tmp_path / "run" / "models").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "number"),
+    [(utils_run.Run, "report", 1), (main.ReplayMemory, "push", 3)],
+)
+def test_a_start_that_came_to_nothing_makes_way_for_other_constants(
+    monkeypatch, run_main, tmp_path, owner, name, number
+):
+    begun = tmp_path / "begun"
+    assert run_main(tmp_path / "alone", MAX_STEPS=8)[0] == 0
+    with monkeypatch.context() as patch:
+        at_call(patch, owner, name, number, kill)
+        with pytest.raises(Killed):
+            run_main(begun, RENDER=True, SAVE_PREFIX="other")
+    status, told = run_main(begun, MAX_STEPS=8)
+    assert status == 0
+    assert "the run in this directory had MAX_STEPS=400, not 8, and no results: a new one takes its place" in told
+    assert kill_test.results(begun) == kill_test.results(tmp_path / "alone")
+    assert len(list((begun / "curves").iterdir())) == 1
+
+
+def test_ctrl_c_while_the_program_is_loaded_ends_it_without_a_traceback(tmp_path):
+    process = kill_test.start(tmp_path, kill_test.SMALL)
+    assert kill_test.wait_for(process, lambda: "libtorch" in Path(f"/proc/{process.pid}/maps").read_text())
+    process.send_signal(signal.SIGINT)
+    assert (process.communicate()[1], process.returncode) == ("", -signal.SIGINT)
+
+
+def test_a_signal_while_a_checkpoint_is_written_ends_the_run_with_that_one(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    part = Part()
+    part.state_dict = lambda: os.kill(os.getpid(), signal.SIGTERM) or {"numbers": part.numbers}
+
+    def run() -> None:
+        with utils_run.open_run(constants(), CPU, 0) as run:
+            run.resume(part, part)
+            run.pause(100, None)
+
+    with pytest.raises(utils_config.Stopped, match="stopped at step 100 by SIGTERM"):
+        run()
+
+
 def test_a_second_signal_leaves_at_once(tmp_path):
     script = (
         "import os, signal, sys, time, torch, main, utils_config\n"
@@ -181,11 +232,14 @@ def test_a_second_signal_leaves_at_once(tmp_path):
     process.stdout.close()
 
 
-def test_a_finished_run_says_so_and_touches_nothing(run_main, tmp_path):
+def test_a_finished_run_names_its_best_model_and_touches_nothing(run_main, tmp_path):
     assert run_main(tmp_path / "run", MAX_STEPS=250)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     status, told = run_main(tmp_path / "run", MAX_STEPS=250)
-    assert (status, told) == (0, "this run is finished, at step 252; start another one elsewhere\n")
+    rows = [row.split() for row in (tmp_path / "run" / "rewards.txt").read_text().splitlines()]
+    number, _, score = max(rows, key=lambda row: float(row[2]))
+    best = f"its best model has a mean score of {score}, watch it with: python main.py --PLAY=models/model_00{number}"
+    assert (status, told) == (0, f"this run is finished, at step 252; start another one elsewhere; {best}\n")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -203,6 +257,15 @@ def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeyp
     assert told.splitlines()[-1].startswith("error: step 300: training has diverged, the loss is nan")
     assert "the last good checkpoint is models/checkpoint_0000000200; start elsewhere with a lower" in told
     assert len((tmp_path / "run" / "rewards.txt").read_text().splitlines()) == 2
+
+
+def test_curves_that_cannot_be_written_end_the_run_with_one_sentence(monkeypatch, run_main, tmp_path):
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
+    at_call(monkeypatch, main.ReplayMemory, "push", 3, lambda: shutil.rmtree("curves"))
+    status, told = run_main(tmp_path / "run")
+    assert (status, tracebacks) == (1, [])
+    assert re.search(r"error: step \d+: cannot write curves/events\S+: No such file or directory; .*\n$", told)
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
@@ -364,14 +427,31 @@ def test_without_a_good_checkpoint_the_run_is_refused_and_nothing_is_touched(pla
     path.write_bytes(b"")
     before.write_bytes(b"PK")
     content = {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
-    sentence = f"{path} is refused: it is damaged; {before} is refused: it is damaged; put a good one back, or start"
+    sentence = f"{path} is refused: it is damaged; {before} is refused: it is damaged; rewards.txt and the models are"
     with pytest.raises(utils_config.ConfigError, match=re.escape(sentence)):
         resume()
     assert {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()} == content
     path.unlink()
     before.unlink()
-    with pytest.raises(utils_config.ConfigError, match=f"{path} is missing; put a good one back"):
+    with pytest.raises(utils_config.ConfigError, match=f"{path} is missing; .*; put a good copy"):
         resume()
+
+
+def test_a_checkpoint_that_gave_way_is_written_again_where_the_run_is_stopped(place):
+    place().write_bytes(b"")
+    part = Part()
+
+    def run() -> None:
+        with utils_run.open_run(constants(), CPU, 0) as run:
+            run.resume(part, part)
+            part.numbers.fill_(300)
+            run.report(2, 300, np.array([1.0]))
+            with run.evaluation(300, None):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(utils_config.Stopped, match="stopped at step 300 by SIGINT"):
+        run()
+    assert resume() == 300
 
 
 def test_checkpoints_that_changed_places_are_refused(place):
@@ -447,6 +527,7 @@ def test_a_second_start_beside_a_running_one_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with utils_run.open_run(constants(), CPU, 0) as run:
         run.resume(Part(), Part())
+        run.report(0, 0, np.array([1.0]))
         for directory, models in (("elsewhere", "../models"), (".", "models"), (".", "other_models")):
             monkeypatch.chdir(tmp_path / directory)
             with pytest.raises(utils_config.ConfigError, match="another run is at work"):
@@ -460,12 +541,63 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(utils_config.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
     with (
-        pytest.raises(utils_config.ConfigError, match=r"0\.81 GB each, at most 3 at a time, 2\.00 GB free"),
+        pytest.raises(utils_config.ConfigError, match=r"0\.81 GB each, at most 3 at a time .*, 2\.00 GB free"),
         utils_run.open_run(constants(), CPU, 706_000_000),
     ):
         pass
     with pytest.raises(Killed), utils_run.open_run(constants(CHECKPOINT_FREQ=200), CPU, 706_000_000):
         raise Killed  # 0.81 GB twice are there
+
+
+@pytest.fixture
+def begun(monkeypatch, tmp_path):
+    """A run in the current directory that was evaluated at step 0 and killed."""
+    monkeypatch.chdir(tmp_path)
+    with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, 0) as run:
+        run.resume(Part(), Part())
+        run.report(0, 0, np.array([1.0]))
+        for name in ("models/model_000", "rewards.png", "eval_000/000000.png", "eval_000.gif", "curves/events.out.x"):
+            Path(name).parent.mkdir(exist_ok=True)
+            Path(name).touch()
+        Path("models/checkpoint_0000000200.tmp").touch()
+        raise Killed
+
+
+def files() -> dict[Path, bytes]:
+    """Those here, and what is in them."""
+    return {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.usefixtures("begun")
+def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
+    with monkeypatch.context() as patch:
+        at_call(patch, Path, "unlink", number, kill)
+        with pytest.raises(Killed), utils_run.open_run(constants(GAMMA=0.5), CPU, 0):
+            pass
+    assert Path("run.json").exists()
+    write(20, GAMMA=0.5)
+    assert [str(path) for path in files()] == ["run.json"]
+
+
+@pytest.mark.parametrize("more", ["models/model_001", "models/checkpoint_0000000200", "eval_001.gif", "rewards.txt"])
+@pytest.mark.usefixtures("begun")
+def test_a_run_with_results_makes_no_way(more):
+    with open(more, "a") as file:
+        file.write("  1      200 1.0\n")
+    before = files()
+    with pytest.raises(utils_config.ConfigError, match=r"the run in this directory has GAMMA=0\.99, not 0\.5"):
+        write(20, GAMMA=0.5)
+    assert files() == before
+
+
+@pytest.mark.usefixtures("begun")
+def test_nothing_that_a_run_did_not_write_is_removed_with_it():
+    Path("curves/mine").touch()
+    with pytest.raises(utils_config.ConfigError, match="cannot write to curves: Directory not empty"):
+        write(20, GAMMA=0.5)
+    Path("curves/mine").unlink()  # fails if it is not there
+    write(20, GAMMA=0.5)
 
 
 @pytest.fixture
@@ -531,6 +663,27 @@ def test_a_rewards_file_that_cannot_be_written_is_told(failing):
 def test_an_allocation_that_is_refused_is_told(failing):
     assert "step 300: out of memory: " in failing(lambda run, part: torch.empty(1 << 50))
     assert resume() == 300
+
+
+def test_memory_refused_while_a_checkpoint_is_read_leaves_it_where_it_is(monkeypatch, tmp_path):
+    size = 10_000_000  # 40 MB
+    monkeypatch.chdir(tmp_path)
+    write(220, size)
+    part, before = Part(size), files()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+
+    def run() -> None:
+        with utils_run.open_run(constants(), CPU, 0) as run:
+            resource.setrlimit(resource.RLIMIT_AS, (used + 10_000_000, limits[1]))
+            run.resume(part, part)
+
+    try:
+        with pytest.raises(utils_config.Stopped, match=r"step 0: out of memory: .*checkpoint_0000000200; free some"):
+            run()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+    assert files() == before
 
 
 def test_an_error_that_is_none_of_these_keeps_its_traceback(place):
