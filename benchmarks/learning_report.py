@@ -108,14 +108,19 @@ def draw(path: Path, curves: dict[tuple[str, str], list]) -> None:
     games = sorted({game for game, _ in curves})
     figure = Figure(figsize=(6 * len(games), 8), layout="constrained")
     panels = figure.subplots(2, len(games), squeeze=False)
+    colours = {recipe: f"C{number}" for number, recipe in enumerate(sorted({recipe for _, recipe in curves}))}
+    labels = {}
     for (game, recipe), seeds in sorted(curves.items()):
         points = np.array(list(zip(*seeds, strict=False)))  # [evaluations, seeds, 4]
         if not len(points):
             continue
         _, steps, scores, minutes = np.moveaxis(points, 2, 0)
         for panel, unit, x in zip(panels[:, games.index(game)], ("steps", "minutes"), (steps, minutes), strict=True):
-            (line,) = panel.plot(x.mean(1), scores.mean(1), label=f"{recipe} (seeds: {len(seeds)})")
-            panel.fill_between(x.mean(1), scores.min(1), scores.max(1), color=line.get_color(), alpha=0.2, linewidth=0)
+            (line,) = panel.plot(x.mean(1), scores.mean(1), color=colours[recipe])
+            panel.fill_between(x.mean(1), scores.min(1), scores.max(1), color=colours[recipe], alpha=0.2, linewidth=0)
             panel.set(xlabel=unit, ylabel="score", title=game)
-            panel.legend()
+            panel.xaxis.set_major_formatter("{x:,.0f}")
+            panel.grid(alpha=0.3)
+            labels[f"{recipe} (seeds: {len(seeds)})"] = line
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(2, len(games)))
     figure.savefig(path, dpi=100)
