@@ -45,7 +45,7 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
     or stops inside for a reason that a sentence can tell.
     """
     values = {name: module[name] for name in constants(module)}
-    models = Path(values["SAVE_PREFIX"]).expanduser()
+    models = _models(values)
     with contextlib.ExitStack() as stack:
         try:
             _lock(Path("."), stack)
@@ -124,7 +124,7 @@ class Run:
             except Exception as error:  # a damaged file raises any of a dozen kinds
                 if out_of_memory(error):
                     raise
-                refused[path] = str(error) if isinstance(error, _Refused) else "it is damaged"
+                refused[path] = str(error) if isinstance(error, ConfigError) else "it is damaged"
         self._beats = self._step // self._constants["CHECKPOINT_FREQ"]
         self._announce(good, refused)
         self._record["checkpoint"] = self._step if good else None
@@ -246,17 +246,20 @@ class Run:
             old.unlink()
 
     def _load(self, path: Path) -> None:
-        """Load the checkpoint at `path` into the run, its agent and its memory. Runs no code out of it."""
+        """Load the checkpoint at `path` into the run, its agent and its memory, and run no code out of it.
+
+        Raises ConfigError if it is not what the run wrote there, and whatever else damaged bytes lead to.
+        """
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # torch.load does not look at the checksums
-                raise _Refused("it is damaged")
+                raise ConfigError("it is damaged")
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if state["run"] != self._record["run"]:
-            raise _Refused("it is of another run")
+            raise ConfigError("it is of another run")
         if changed := _changed(state["constants"], self._constants):
-            raise _Refused(f"it is of a run with {changed}")
+            raise ConfigError(f"it is of a run with {changed}")
         if path != self._path(state["step"]):
-            raise _Refused(f"it was written as {self._path(state['step']).name}")
+            raise ConfigError(f"it was written as {self._path(state['step']).name}")
         self._agent.load_state_dict(state["agent"])
         self._memory.load_state_dict(state["memory"])
         self.evaluations = [Evaluation(*evaluation) for evaluation in state["evaluations"]]
@@ -298,10 +301,6 @@ class Run:
         write_whole(RECORD, lambda file: file.write(json.dumps(self._record, indent=2).encode() + b"\n"))
 
 
-class _Refused(Exception):
-    """A checkpoint that cannot be used, and why."""
-
-
 def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
     handle = os.open(directory, os.O_RDONLY)
     stack.callback(os.close, handle)  # and the lock is gone, as it is when the process dies
@@ -319,7 +318,7 @@ def _read_record(values: dict) -> dict | None:
     try:
         record = json.loads(RECORD.read_text(encoding="utf-8"))
         changed = _changed(record["constants"], values)
-        models = Path(record["constants"]["SAVE_PREFIX"]).expanduser()
+        models = _models(record["constants"])
         kinds = {"run": str, "starts": list, "checkpoint": int | None, "finished": int | None}
         whole = all(isinstance(record[name], kind) for name, kind in kinds.items())
     except FileNotFoundError:
@@ -349,6 +348,11 @@ def _new_record(values: dict, models: Path) -> dict:
     return {"run": uuid.uuid4().hex, "constants": values, "checkpoint": None, "finished": None, "starts": []}
 
 
+def _models(values: dict) -> Path:
+    """The directory of the models; ~ is the home directory."""
+    return Path(os.path.expanduser(values["SAVE_PREFIX"]))
+
+
 def _results(models: Path) -> list[Path]:
     """What a run with these `models` has written."""
     saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
@@ -356,14 +360,14 @@ def _results(models: Path) -> list[Path]:
 
 
 def _discard(record: dict, models: Path) -> bool:
-    """Remove a run that got no further than its first, untrained evaluation; False, and all stays, if it got further.
+    """Remove a run that has no checkpoint and was evaluated at step 0 at most. False, and all stays, if there is more.
 
-    The record goes last, so that what is cut off here can be done again. Raises OSError for what is not the run's.
+    The record goes last, so that the next start ends what is cut off here. Raises OSError for what is not the run's.
     """
     results = _results(models)
-    evaluated = REWARDS.read_bytes().split()[1::3] if REWARDS.exists() else []  # the steps
-    trained = [path for path in results if path.name not in UNTRAINED and path.suffix != ".tmp"]
-    if trained or evaluated not in ([], [b"0"]) or (record["checkpoint"], record["finished"]) != (None, None):
+    more = [path for path in results if path.name not in UNTRAINED and path.suffix != ".tmp"]
+    steps = REWARDS.read_bytes().split()[1::3] if REWARDS in results else []
+    if more or steps not in ([], [b"0"]) or (record["checkpoint"], record["finished"]) != (None, None):
         return False
     with contextlib.ExitStack() as stack:
         if models.is_dir() and not models.samefile("."):

@@ -520,6 +520,11 @@ def test_a_damaged_record_is_refused(place):
             Path("run.json").write_bytes(damaged)
             with contextlib.suppress(utils_config.Stopped):  # anything else is a failure
                 assert resume() in (200, 300)
+    for name in (b"run", b"constants", b"checkpoint", b"finished", b"starts"):
+        place()
+        Path("run.json").write_bytes(content.replace(b'"%s"' % name, b'"x"'))
+        with pytest.raises(utils_config.ConfigError, match=r"run\.json is damaged"):
+            resume()
 
 
 def test_a_second_start_beside_a_running_one_is_refused(monkeypatch, tmp_path):
