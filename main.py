@@ -125,6 +125,7 @@ def train(
         if not (due(step, EVALUATE_FREQ) or step >= MAX_STEPS) or run.evaluated(step):
             return
         number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))
+        log.settle(step)
         with log.pause(step, "evaluating the network"):
             with run.evaluation(step, loss):
                 scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
@@ -162,7 +163,9 @@ def train(
             if due(step, TARGET_UPDATE):
                 agent.sync()
             evaluate(step)
-            if run.pause(step, loss):  # a checkpoint was written
+            if run.due(step):  # a checkpoint
+                log.settle(step)
+                run.save(step, loss)
                 states = restart(step)
 
 

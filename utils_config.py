@@ -269,8 +269,9 @@ def choose_storage(
 def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
     """A sentence on the disk space that checkpoints of such a memory take. Raises ConfigError if it is not there."""
     size = memory_bytes + NETWORKS
-    most = min((constants["MAX_STEPS"] - 1) // constants["CHECKPOINT_FREQ"], 2) + 1  # two, and one being written
-    free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in directory.glob("checkpoint_*"))
+    most = 3  # two, and one being written
+    there = (*directory.glob("checkpoint_" + 10 * "[0-9]"), *directory.glob("checkpoint_*.tmp"))  # they make way
+    free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in there)
     needed = f"{size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
     sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
@@ -300,14 +301,15 @@ def out_of_memory(error: Exception) -> bool:
 
 def describe_start(device: torch.device, constants: dict) -> dict:
     """What there is to know about a start of the program with `constants` on `device`."""
+    commit = _git("rev-parse", "HEAD")
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "command": command_line(),
         **describe_device(device, constants["PRECISION"]),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "commit": commit,
+        "dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
 

@@ -138,9 +138,6 @@ class Log:
         games, low, high = count(len(last.scores), "game"), min(last.scores), max(last.scores)
         told = f"step {last.step:,}: mean score {last.mean:.1f} of {games}, {low:g} to {high:g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
-        self._collect()
-        if last.step > self._point[1]:
-            self._add_point(last.step)
         for name, value in {"mean": last.mean, "least": low, "most": high}.items():
             self._curves.add_scalar(f"evaluation/{name}", value, last.step)
         self._curves.flush()
@@ -185,6 +182,16 @@ class Log:
         if self._loss is not None:
             words.append(f"loss {float(self._loss):.4f}")
         return ", ".join([*words, f"epsilon {self._agent.epsilon:.2f}"])
+
+    def settle(self, step: int) -> None:
+        """Add a point, before what may be a checkpoint after `step`: nothing that happened since the last is saved."""
+        self._collect()
+        if step > self._point[1]:
+            self._add_point(step)
+        self._agent.read_statistics()  # of the one turn after a point at this very step
+        self._games.clear()
+        self._env.finished_lives.clear()
+        self._curves.flush()
 
     def _add_point(self, step: int) -> None:
         """Add what happened since the last point to the curves."""

@@ -175,20 +175,18 @@ class Run:
             cause = f"training has diverged, the loss is {last} and the weights may not be numbers any more"
             raise self.stopped(cause, "start elsewhere with a lower LEARNING_RATE or --PRECISION=float32")
 
-    def pause(self, step: int, loss: Tensor | None) -> bool:
-        """After every iteration: write a checkpoint every CHECKPOINT_FREQ steps, and say whether one was written.
-
-        After it everything has to start anew from (SEED, step). After a signal it is written at once, and the run ends.
-        """
+    def due(self, step: int) -> bool:
+        """After every iteration: whether a checkpoint is due, every CHECKPOINT_FREQ steps and after a signal."""
         beats, self._beats = self._beats, step // self._constants["CHECKPOINT_FREQ"]
         self._step = step
-        if step >= self._constants["MAX_STEPS"] or (beats == self._beats and not self._signal):
-            return False
+        return step < self._constants["MAX_STEPS"] and (beats != self._beats or self._signal != 0)
+
+    def save(self, step: int, loss: Tensor | None) -> None:
+        """Write a checkpoint; after it everything has to start anew from (SEED, step). After a signal the run ends."""
         self.check(step, loss, weights=True)
         self._save()
         if self._signal:  # before the step or while saving
             self._leave()
-        return True
 
     def finish(self) -> None:
         """After the last step."""
@@ -360,14 +358,16 @@ def _results(models: Path) -> list[Path]:
 
 
 def _discard(record: dict, models: Path) -> bool:
-    """Remove a run that has no checkpoint and was evaluated at step 0 at most. False, and all stays, if there is more.
+    """Remove a run that has learned nothing yet and was evaluated at step 0 at most. False, and all stays, otherwise.
 
     The record goes last, so that the next start ends what is cut off here. Raises OSError for what is not the run's.
     """
-    results = _results(models)
-    more = [path for path in results if path.name not in UNTRAINED and path.suffix != ".tmp"]
+    results, warm = _results(models), record["constants"]["WARM_STEPS"]
+    checkpoint = record["checkpoint"] or 0
+    removable = (*UNTRAINED, f"checkpoint_{checkpoint:010d}")
+    more = [path for path in results if path.name not in removable and path.suffix != ".tmp"]
     steps = REWARDS.read_bytes().split()[1::3] if REWARDS in results else []
-    if more or steps not in ([], [b"0"]) or (record["checkpoint"], record["finished"]) != (None, None):
+    if more or steps not in ([], [b"0"]) or checkpoint > warm or record["finished"] is not None:
         return False
     with contextlib.ExitStack() as stack:
         if models.is_dir() and not models.samefile("."):

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 SMALL = {
     "PRIORITIZED": False,
@@ -49,10 +51,13 @@ def start(directory: Path, constants: dict, **options) -> subprocess.Popen:
     )
 
 
-def results(directory: Path) -> dict[str, bytes]:
-    """What a run has written, without what tells of its interruptions or of the time."""
+def results(directory: Path) -> dict[str, bytes | dict]:
+    """What a run has written, and its curves as TensorBoard reads them, without what tells of interruptions or time."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {
+    reader = EventAccumulator(str(directory / "curves"), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in reader.Tags()["scalars"] if not tag.startswith("speed/")]
+    curves = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in tags}
+    return {"curves": curves} | {
         str(path.relative_to(directory)): path.read_bytes()
         for path in files
         if path.name not in ("run.json", "rewards.png") and not path.name.startswith(("checkpoint_", "events."))

@@ -56,6 +56,7 @@ class Parts:
 
     def evaluate(self, log: Log, step: int, *scores: float) -> None:
         """An evaluation with these scores."""
+        log.settle(step)
         with log.pause(step, "evaluating"):
             self.evaluations.append(Evaluation(len(self.evaluations), step, step / 1000, list(scores)))
             log.evaluated()
@@ -200,7 +201,7 @@ def test_clipped_scores_count_points_of_any_size_as_one():
 
 
 def test_curves_hold_the_means_of_what_happened_between_two_points(parts):
-    told = iter([{}, {"loss": 0.5, "q_value": 2.0}, {"loss": 0.25, "q_value": 3.0}])
+    told = iter([{}, {}, {"loss": 0.5, "q_value": 2.0}, {"loss": 0.25, "q_value": 3.0}])
     parts.agent.read_statistics = lambda: next(told)
     parts.read_statistics = lambda: {"beta": 0.4}
     with parts.log() as log:
