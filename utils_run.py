@@ -196,8 +196,8 @@ class Run:
 
     def stopped(self, cause: str, remedy: str) -> Stopped:
         """The exception that ends the run at this step."""
-        last = self._record["checkpoint"]
-        kept = "there is no checkpoint yet" if last is None else f"the last good checkpoint is {self._path(last)}"
+        there = self._checkpoints()
+        kept = f"the last good checkpoint is {there[-1]}" if there else "there is no checkpoint"
         return Stopped(f"step {self._step:,}: {cause}; rewards.txt and the models are kept, {kept}; {remedy}", 1)
 
     def _on_signal(self, number: int, _) -> None:
