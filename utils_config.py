@@ -263,7 +263,9 @@ def choose_storage(
         sentence = f"replay memory for {mem_size:,} steps: {needed / 1e9:.2f} GB on {place}, {free / 1e9:.2f} GB free"
         if needed + HEADROOM <= free:
             return place, sentence
-    raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; lower MEM_SIZE or free some")
+    fits = max(round((free - HEADROOM) / needed * mem_size, -4) - 10_000, 0)
+    remedy = f"free some, or --MEM_SIZE={fits:.0f}" if fits else "free some, or lower MEM_SIZE"
+    raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; {remedy}")
 
 
 def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:

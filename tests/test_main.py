@@ -343,7 +343,7 @@ BAD = [
     (["--GAME="], "GAME: the name of the game is empty"),
     (["--PRIORITIZED"], "PRIORITIZED needs a value: --PRIORITIZED=..."),
     (["--THREADS=-1"], "THREADS must be from 0 to 1024"),
-    (["--WARM_STEPS=100_000"], "WARM_STEPS (100000) must be below MEM_SIZE"),
+    (["--WARM_STEPS=1_000_000"], "WARM_STEPS (1000000) must be below MEM_SIZE"),
     (["--BATCH_SIZE=600", "--WARM_STEPS=500"], "BATCH_SIZE (600) must not be above WARM_STEPS (500)"),
     (["--N_STEP=0"], "N_STEP must be at least 1"),
     (["--NUM_ENVS=0"], "NUM_ENVS must be at least 1"),
