@@ -254,7 +254,7 @@ def choose_storage(
 ) -> tuple[torch.device, str]:
     """Where the replay memory goes, and a sentence that says what it takes: on a GPU with room for it, else in RAM.
 
-    Raises ConfigError, with needed and free bytes, if it fits nowhere.
+    Raises ConfigError, with needed and free bytes and a `mem_size` that would fit, if it fits nowhere.
     """
     needed = memory.needed_bytes(mem_size, num_envs)
     places = [device] if device.type == "cuda" else []  # MPS has no float64, and shares the RAM anyway
@@ -263,8 +263,8 @@ def choose_storage(
         sentence = f"replay memory for {mem_size:,} steps: {needed / 1e9:.2f} GB on {place}, {free / 1e9:.2f} GB free"
         if needed + HEADROOM <= free:
             return place, sentence
-    fits = max(round((free - HEADROOM) / needed * mem_size, -4) - 10_000, 0)
-    remedy = f"free some, or --MEM_SIZE={fits:.0f}" if fits else "free some, or lower MEM_SIZE"
+    fits = int((free - HEADROOM) / needed * mem_size) // 10_000 * 10_000
+    remedy = f"free some, or take --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
     raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; {remedy}")
 
 

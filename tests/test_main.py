@@ -414,10 +414,15 @@ def test_a_constant_edited_to_the_wrong_type_is_refused(monkeypatch, name, value
         utils_config.check(vars(main))
 
 
-def test_a_memory_that_does_not_fit_names_needed_and_free(monkeypatch):
+def test_a_memory_that_does_not_fit_names_needed_and_free_and_what_would_fit(monkeypatch):
+    cpu, memory = torch.device("cpu"), utils_memory.ReplayMemory
     monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_500_000_000)
-    with pytest.raises(utils_config.ConfigError, match=r"0\.71 GB on cpu, 1\.50 GB free"):
-        utils_config.choose_storage(torch.device("cpu"), utils_memory.ReplayMemory, 100_000, 32)
+    with pytest.raises(utils_config.ConfigError, match=r"0\.71 GB on cpu, 1\.50 GB free.*, or take --MEM_SIZE=60_000"):
+        utils_config.choose_storage(cpu, memory, 100_000, 32)
+    assert utils_config.choose_storage(cpu, memory, 60_000, 32)[0] == cpu
+    monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_000_000_000)
+    with pytest.raises(utils_config.ConfigError, match="or lower MEM_SIZE"):
+        utils_config.choose_storage(cpu, memory, 100_000, 32)
 
 
 def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
