@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from utils_config import ConfigError
+from utils_config import ConfigError, out_of_memory
 from utils_drl import Agent, read_model, write_whole
 from utils_env import FRAMES_PER_SECOND, SCREEN, AtariEnv, save_animation
 
@@ -52,7 +52,9 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    except (AttributeError, KeyError, TypeError, RuntimeError):  # whatever strange values lead to
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:  # whatever strange values lead to
+        if out_of_memory(error):
+            raise
         raise ConfigError(f"{path} does not say for which game and network it is") from None
     print(f"{path}: playing a game of {env.game}", file=sys.stderr)
     watched = Watched(agent)
