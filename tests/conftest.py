@@ -1,6 +1,11 @@
 """What all tests share."""
 
+import signal
+
 import torch
 
 # Small tensors gain nothing from a second thread, and on a busy machine threads that wait for each other lose a lot.
 torch.set_num_threads(1)
+
+# A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
