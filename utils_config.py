@@ -155,7 +155,15 @@ def check(module: dict) -> None:
         elif type(value) is not kind:
             raise ConfigError(f"{name} must be {_article(kind)}, not {value!r}")
     c = argparse.Namespace(**{name: module[name] for name in constants(module)})
+    try:
+        _check(c)
+    except AttributeError as error:
+        if error.obj is not c:
+            raise
+        raise ConfigError(f"main.py has no constant {error.name} any more") from None
 
+
+def _check(c: argparse.Namespace) -> None:
     def need(holds: bool, sentence: str) -> None:
         if not holds:
             raise ConfigError(sentence)

@@ -305,7 +305,9 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ConfigError(f"another run is at work in {directory}; wait for its end or start elsewhere") from None
+        raise ConfigError(
+            f"another run is at work in {directory.resolve()}; wait for its end or start elsewhere"
+        ) from None
 
 
 def _read_record(values: dict) -> dict | None:

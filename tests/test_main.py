@@ -414,6 +414,12 @@ def test_a_constant_edited_to_the_wrong_type_is_refused(monkeypatch, name, value
         utils_config.check(vars(main))
 
 
+def test_a_constant_that_was_renamed_is_missed(monkeypatch):
+    monkeypatch.delitem(main.__annotations__, "N_STEP")
+    with pytest.raises(utils_config.ConfigError, match=r"main\.py has no constant N_STEP any more"):
+        utils_config.check(vars(main))
+
+
 def test_a_memory_that_does_not_fit_names_needed_and_free_and_what_would_fit(monkeypatch):
     cpu, memory = torch.device("cpu"), utils_memory.ReplayMemory
     monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_500_000_000)
