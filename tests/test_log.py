@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 import termios
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,6 +239,7 @@ def test_the_rate_is_that_of_training_without_its_pauses(monkeypatch, parts):
 
 def test_a_run_that_goes_back_to_a_checkpoint_shows_every_step_once(parts):
     def train(start: int, end: int, value: float) -> None:
+        time.sleep(1)  # TensorBoard puts files in the order of the seconds in their names
         parts.agent.epsilon = value
         with parts.log(start) as log:
             for step in range(start + 10_000, end + 10_000, 10_000):
