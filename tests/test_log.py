@@ -7,8 +7,8 @@ import re
 import shlex
 import subprocess
 import sys
-import time
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
