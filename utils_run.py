@@ -66,7 +66,10 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
         stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the run
         threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
         try:
-            yield run
+            try:
+                yield run
+            except BrokenPipeError:  # who read what is said is gone, as a terminal may be
+                run.hang_up()
             run.finish()
         except OSError as error:
             cause = f"cannot write {os.fsdecode(error.filename or 'results')}: {error.strerror}"
@@ -194,6 +197,12 @@ class Run:
         self._record |= {"finished": self._step, "best": f"model_{best.number:03d}", "score": best.mean}
         self._write_record()
 
+    def hang_up(self) -> None:
+        """End the run as a lost terminal does. Raises Stopped."""
+        _be_silent()
+        self._signal = signal.SIGHUP
+        self._leave()
+
     def stopped(self, cause: str, remedy: str) -> Stopped:
         """The exception that ends the run at this step."""
         there = self._checkpoints()
@@ -207,10 +216,8 @@ class Run:
             os.write(2, f"\n{name}: stopping in order; a second one leaves at once\n".encode())
         for each in SIGNALS:  # a second one ends the process at once, whatever it is doing; hangups come in pairs
             signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
-        if number == signal.SIGHUP:  # nobody reads on, and writing there would raise
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, 1)
-            os.dup2(nowhere, 2)
+        if number == signal.SIGHUP:
+            _be_silent()
         if self._abort:
             self._abort = False
             raise KeyboardInterrupt
@@ -297,6 +304,13 @@ class Run:
 
     def _write_record(self) -> None:
         write_whole(RECORD, lambda file: file.write(json.dumps(self._record, indent=2).encode() + b"\n"))
+
+
+def _be_silent() -> None:
+    """Write nowhere from now on: nobody reads it, and to try would raise."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 def _lock(directory: Path, stack: contextlib.ExitStack) -> None:

@@ -208,6 +208,17 @@ def test_a_signal_while_a_checkpoint_is_written_ends_the_run_with_that_one(monke
         run()
 
 
+def test_a_pipe_that_nobody_reads_any_more_ends_the_run_like_a_lost_terminal(tmp_path):
+    process = kill_test.start(tmp_path, kill_test.SMALL)
+    assert kill_test.wait_for(process, lambda: (tmp_path / "models" / "model_001").exists())
+    process.stderr.close()
+    assert process.wait(60) == 128 + signal.SIGHUP
+    (*_, checkpoint) = sorted((tmp_path / "models").glob("checkpoint_*"))
+    step = json.loads((tmp_path / "run.json").read_text())["checkpoint"]
+    assert checkpoint.name == f"checkpoint_{step:010d}"
+    assert step % kill_test.SMALL["CHECKPOINT_FREQ"] != 0, "not only the last regular one"
+
+
 def test_a_second_signal_leaves_at_once(tmp_path):
     script = (
         "import os, signal, sys, time, torch, main, utils_config\n"
