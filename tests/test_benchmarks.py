@@ -39,7 +39,8 @@ def benchmark(monkeypatch):
 def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants(benchmark, monkeypatch, prioritized):
     throughput = benchmark("throughput")
     monkeypatch.setattr(throughput, "WINDOW", 0.2)
-    for name, value in {"BATCH_SIZE": 4, "POLICY_UPDATE": 32, "DEVICE": "cpu", "THREADS": 1}.items():
+    small = {"BATCH_SIZE": 4, "POLICY_UPDATE": 32, "MEM_SIZE": 10_000, "DEVICE": "cpu", "THREADS": 1}
+    for name, value in small.items():
         monkeypatch.setattr(main, name, value)
     before = dict(vars(main))
     assert throughput.loop(prioritized) > 0

@@ -381,7 +381,7 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "sentence"), BAD, ids=[" ".join(arguments) for arguments, _ in BAD])
 def test_bad_input_is_one_line_on_stderr_and_status_2(monkeypatch, tmp_path, capsys, constants, arguments, sentence):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["main.py", "--MEM_SIZE=100_000", *arguments])  # fits any machine
     monkeypatch.setattr(utils_memory.torch, "zeros", forbidden)  # nothing is allocated before all is checked
     for name in utils_config.constants(constants):  # undone after the test
         monkeypatch.setattr(main, name, getattr(main, name))
