@@ -9,6 +9,7 @@ step. Runs are begun in new directories until the signals are used up.
 """
 
 import argparse
+import logging
 import random
 import re
 import signal
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every restart
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 SMALL = {
     "PRIORITIZED": False,
