@@ -1,6 +1,7 @@
 """The constants of main.py: overridden from the command line, checked before anything is allocated or written."""
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import errno
@@ -316,6 +317,7 @@ def describe_start(device: torch.device, constants: dict) -> dict:
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "command": command_line(),
         **describe_device(device, constants["PRECISION"]),
+        **describe_hardware(device),
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "commit": commit,
@@ -330,6 +332,17 @@ def describe_device(device: torch.device, precision: str) -> dict[str, str]:
         "device": f"{device} ({platform.machine()}, {name}), {count(torch.get_num_threads(), 'thread')}",
         "precision": str(choose_dtype(precision, device)).removeprefix("torch."),
     }
+
+
+def describe_hardware(device: torch.device) -> dict[str, str | int]:
+    """The processor and how many cores of it there are to use, and the GPU and its CUDA where `device` is one."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
+    return {"cpu": cpu, "cores": cores, **gpu}
 
 
 def count(number: int, noun: str) -> str:

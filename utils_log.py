@@ -1,7 +1,6 @@
 """What a person sees of a run: what it is about to do, its bar, its curves, the picture of its scores, its end."""
 
 import contextlib
-import shlex
 import shutil
 import sys
 import time
@@ -21,8 +20,9 @@ import utils_config
 from utils_config import count
 from utils_drl import Agent, write_whole
 from utils_env import AtariEnv, normalize_game
-from utils_run import CURVES, PICTURE, REWARDS, Evaluation, Run
-from utils_types import Episode
+from utils_record import CURVES, PICTURE, REWARDS, watch
+from utils_run import Run
+from utils_types import Episode, Evaluation, best_of
 
 POINT_FREQ = 10_000  # steps between points of the curves; an evaluation adds one, too
 LINE_SECONDS = 30  # between the lines that stand for the bar where there is no terminal
@@ -58,21 +58,14 @@ def introduction(constants: dict, device: torch.device, storage: str, space: str
 def conclusion(run: Run) -> str:
     """What came out of a finished `run`, and how to watch it."""
     last, best = run.evaluations[-1], best_of(run.evaluations)
-    model = run.models / f"model_{best.number:03d}"
-    return (
-        f"finished after {span(60 * last.minutes)}; best mean score {best.mean:.1f}, of {model}; to watch it play:\n"
-        f"{shlex.join(['python', sys.argv[0], f'--PLAY={model}'])}"
-    )
+    model = run.models / best.model
+    told = f"finished after {span(60 * last.minutes)}; best mean score {best.mean:.1f}, of {model}; to watch it play:"
+    return f"{told}\n{watch(model)}"
 
 
 def span(seconds: float) -> str:
     """A time as one short word: 45s, 12m, 3.4h."""
     return f"{seconds:.0f}s" if seconds < 60 else f"{seconds / 60:.0f}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
-
-
-def best_of(evaluations: list[Evaluation]) -> Evaluation:
-    """The first of those with the highest mean score."""
-    return max(evaluations, key=lambda evaluation: evaluation.mean)
 
 
 class Log:

@@ -6,6 +6,7 @@ one game, which is FRAME_SKIP emulator frames; one *row* is one step of every ga
 
 from typing import NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 FRAME_SHAPE = (84, 84)
@@ -39,3 +40,32 @@ class Episode(NamedTuple):
     score: float  # the game's own points
     clipped: float  # the sum of the rewards clipped to [-1, 1]
     steps: float
+
+
+class Evaluation(NamedTuple):
+    """What an evaluation found: a row of rewards.txt."""
+
+    number: int
+    step: int
+    minutes: float  # that the run had worked for
+    scores: list[float]  # of its games
+
+    @property
+    def mean(self) -> float:
+        """The mean score."""
+        return float(np.mean(self.scores))
+
+    @property
+    def model(self) -> str:
+        """The name of the model that played."""
+        return f"model_{self.number:03d}"
+
+    @property
+    def row(self) -> str:
+        """The line of rewards.txt."""
+        return f"{self.number:3d} {self.step:8d} {self.mean:.1f}\n"
+
+
+def best_of(evaluations: list[Evaluation]) -> Evaluation:
+    """The first of those with the highest mean score."""
+    return max(evaluations, key=lambda evaluation: evaluation.mean)

@@ -13,7 +13,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
 import resource
 import statistics
@@ -282,16 +281,11 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
 
 def machine(device: torch.device) -> dict[str, str | int | float]:
     """What the figures were taken on."""
-    model = "unknown"
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     about = {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit.stdout.strip(),
-        "cpu": model,
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        **utils_config.describe_hardware(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{
@@ -305,8 +299,6 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
         "peak_ram_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
     if device.type == "cuda":
-        about["gpu"] = torch.cuda.get_device_name()
-        about["cuda"] = torch.version.cuda
         about["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return about
 

@@ -28,8 +28,7 @@ from utils_drl import Agent
 from utils_env import AtariEnv
 from utils_log import Log, draw_rewards, fit, heading, ticks
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
-from utils_run import Evaluation
-from utils_types import Episode, Transition
+from utils_types import Episode, Evaluation, Transition
 
 
 def curves(directory: Path = Path("curves")) -> dict[str, list[tuple[int, float]]]:

@@ -1,0 +1,147 @@
+"""The directories of a run, locked while it is at work, and run.json, the record that says whose results are there."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shlex
+import sys
+import tempfile
+import uuid
+import zlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from utils_config import ConfigError, Stopped
+from utils_drl import write_whole
+
+RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
+FREE = ("THREADS", "RENDER")  # constants that may change when a run goes on; the first changes rounding
+UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
+ELSEWHERE = f"start in another directory, or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
+
+
+@dataclass
+class Record:
+    """What a run is, how it came about and how far it has come: the content of run.json, beside its checksum."""
+
+    run: str  # a name that no other run has
+    constants: dict
+    checkpoint: int | None = None  # step of the newest checkpoint
+    finished: int | None = None  # step of the end
+    best: str | None = None  # the best model, then, ...
+    score: float | None = None  # ... and its mean score
+    starts: list[dict] = field(default_factory=list)  # each start of the program, as utils_config describes it
+
+    @property
+    def models(self) -> Path:
+        """The directory of the models and checkpoints; ~ is the home directory."""
+        return Path(os.path.expanduser(self.constants["SAVE_PREFIX"]))
+
+    def write(self) -> None:
+        """Write it to run.json, whole or not at all. Raises OSError."""
+        content = asdict(self)
+        content["crc32"] = _checksum(content)
+        write_whole(RECORD, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
+
+
+def claim(values: dict, stack: contextlib.ExitStack) -> Record:
+    """The record of the run of constants `values` in the current directory and SAVE_PREFIX, as it stands or new.
+
+    Both are locked until `stack` closes. A run that has learned nothing makes way for one of other constants. Raises
+    ConfigError where results would mix with others, Stopped for a run that is over, and OSError where none can go.
+    """
+    _lock(Path("."), stack)
+    there, new = _read(), Record(uuid.uuid4().hex, values)
+    if there and (change := changed(there.constants, values)):
+        if not _discard(there):
+            raise ConfigError(f"the run in this directory has {change}; give it the same, or {ELSEWHERE}")
+        print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
+        there = None
+    if there and there.finished is not None:
+        told = f"this run is finished, at step {there.finished:,}; start another one elsewhere"
+        best = (
+            f"its best model has a mean score of {there.score:.1f}, watch it with: {watch(there.models / there.best)}"
+        )
+        raise Stopped(f"{told}; {best}", 0)
+    new.models.mkdir(parents=True, exist_ok=True)
+    if not new.models.samefile("."):
+        _lock(new.models, stack)
+    for old in () if there else _results(new.models):
+        raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
+    for place in (new.models, "."):
+        tempfile.TemporaryFile(dir=place).close()
+    return there or new
+
+
+def changed(before: dict, now: dict) -> str:
+    """The first constant of a run that is not what it was, in words, or nothing."""
+    names = [name for name in before | now if name not in FREE and before.get(name) != now.get(name)]
+    return f"{names[0]}={before.get(names[0])}, not {now.get(names[0])}" if names else ""
+
+
+def watch(model: Path) -> str:
+    """The command that plays a game with `model`."""
+    return shlex.join(["python", sys.argv[0], f"--PLAY={model}"])
+
+
+def _read() -> Record | None:
+    """The record here, if there is one. Raises ConfigError if it is damaged."""
+    try:
+        content = json.loads(RECORD.read_text(encoding="utf-8"))
+        if content.pop("crc32") == _checksum(content):
+            return Record(**content)
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise ConfigError(f"{RECORD} is damaged; put a good one back, or {ELSEWHERE}")
+
+
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    stack.callback(os.close, handle)  # and the lock is gone, as it is when the process dies
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"another run is at work in {directory.resolve()}; wait for its end or start elsewhere"
+        ) from None
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(directory)) from None
+
+
+def _results(models: Path) -> list[Path]:
+    """What a run with these `models` has written."""
+    saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
+    return [path for path in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")) if path.exists()]
+
+
+def _discard(record: Record) -> bool:
+    """Remove a run that has learned nothing yet and was evaluated at step 0 at most. False, and all stays, otherwise.
+
+    The record goes last, so that the next start ends what is cut off here. Raises OSError for what is not the run's.
+    """
+    results, checkpoint = _results(record.models), record.checkpoint or 0
+    removable = (*UNTRAINED, f"checkpoint_{checkpoint:010d}")
+    more = [path for path in results if path.name not in removable and path.suffix != ".tmp"]
+    steps = REWARDS.read_bytes().split()[1::3] if REWARDS in results else []
+    learned = checkpoint > record.constants["WARM_STEPS"] or record.finished is not None
+    if more or learned or steps not in ([], [b"0"]):
+        return False
+    with contextlib.ExitStack() as stack:
+        if record.models.is_dir() and not record.models.samefile("."):
+            _lock(record.models, stack)
+        for path in results:
+            if path.is_dir():
+                for file in (*path.glob("events.*"), *path.glob("*.png")):
+                    file.unlink()
+                path.rmdir()
+            else:
+                path.unlink()
+        RECORD.unlink()
+    return True
