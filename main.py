@@ -31,9 +31,9 @@ FRAME_SKIP: int = 4  # emulator frames per step
 
 # The algorithm: what measured best on Breakout; README.md has the classic recipe of Mnih et al. 2015 as one line
 GAMMA: float = 0.99  # discount per step
-EPS_START: float = 1.0  # probability of a random action at first ...
-EPS_END: float = 0.01  # ... and in the end,
-EPS_DECAY: int = 250_000  # steps of training over which it falls linearly
+EPS_START: float = 1.0  # probability of a random action at first
+EPS_END: float = 0.01  # probability of a random action in the end
+EPS_DECAY: int = 250_000  # steps of training over which it falls, linearly
 BATCH_SIZE: int = 32  # transitions per update
 POLICY_UPDATE: int = 4  # steps per update
 TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target network

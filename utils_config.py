@@ -73,11 +73,13 @@ def override(module: dict, arguments: list[str]) -> None:
 
     A constant is an annotated upper-case name. Spelling is free in case and in - or _. Raises ConfigError.
     """
-    parser = _Parser(prog="python main.py", description=module["__doc__"].splitlines()[0], allow_abbrev=False)
+    description = module["__doc__"].partition(":")[0]
+    parser = _Parser(usage="python main.py [--CONSTANT=value ...]", description=description, allow_abbrev=False)
     comments = _comments(module["__file__"])
     types = constants(module)
     for name, kind in types.items():
-        text = f"{comments.get(name, '')} [{module[name]}]".replace("%", "%%").strip()
+        default = f"{module[name]:_}" if kind is int else str(module[name])
+        text = f"{comments.get(name, '')}{default and f' [{default}]'}".replace("%", "%%").strip()
         parser.add_argument(f"--{name}", type=_reader(name, kind), metavar=kind.__name__, help=text)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=110)
     parsed = parser.parse_args([_spell(argument) for argument in arguments])

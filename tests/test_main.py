@@ -325,6 +325,8 @@ def test_help_lists_every_constant_with_its_comment_and_default(constants, capsy
         assert comment in text
     assert "[breakout]" in text
     assert "[0.00015]" in text
+    assert "[10_000_000]" in text
+    assert "[]" not in text
 
 
 BAD = [
