@@ -10,6 +10,7 @@ the same numbers under atomic additions on a GPU, and cannot return a leaf of pr
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 FRACTION_BITS = 30  # fixed point: 2^30 is a priority of 1.0
@@ -22,8 +23,9 @@ class SumTree:
     A priority above zero is rounded to a multiple of 2^-30 and is at least 2^-30. On the CPU every argument is checked
     and a ValueError names what is wrong; on other devices values are not looked at, since that would stall the device.
 
-    With `scan`, leaves are found by adding all of them up anew instead of descending. That is O(capacity), but three
-    operations where a descent is five for every level, and so the default on a GPU, where each is a kernel.
+    With `scan`, leaves are found by adding all of them up anew instead of descending, and only the total is kept. That
+    is O(capacity), but three operations where a descent is five for every level, and so the default on a GPU, where
+    each is a kernel.
     """
 
     def __init__(self, capacity: int, device: torch.device | str = "cpu", scan: bool | None = None):
@@ -36,7 +38,8 @@ class SumTree:
         self._depth = (capacity - 1).bit_length()
         self._levels = torch.arange(self._depth + 1, device=self.device)
         self._leaves = torch.zeros(capacity, dtype=torch.int64, device=self.device)
-        self._nodes = torch.zeros((1 << self._depth) + 1, dtype=torch.int64, device=self.device)
+        # Sums of blocks, at the ends of the blocks; the last is the sum of all leaves, the only one that a scan needs.
+        self._nodes = torch.zeros(1 if self._scan else (1 << self._depth) + 1, dtype=torch.int64, device=self.device)
         self._checked = self.device.type == "cpu"
 
     def update(self, indices: Tensor, priorities: Tensor) -> None:
@@ -60,6 +63,9 @@ class SumTree:
         change = leaves - self._leaves[indices]
         change[:-1] *= indices[:-1] != indices[1:]  # of equal indices only the last changes anything
         self._leaves.index_add_(0, indices, change)
+        if self._scan:
+            self._nodes += change.sum()
+            return
         blocks = indices[:, None] >> self._levels
         change = change[:, None] * (1 - (blocks & 1))  # odd blocks have no node of their own
         self._nodes.index_add_(0, ((blocks + 1) << self._levels).flatten(), change.flatten())
@@ -73,6 +79,8 @@ class SumTree:
         """The sum, float64, of the first `index` leaves; `index` is a number or a tensor from 0 to capacity."""
         index = torch.as_tensor(index, device=self.device)
         self._check_indices(index, upper=self.capacity)
+        if self._scan:
+            return F.pad(self._leaves.cumsum(0), (1, 0))[index].double() / ONE
         blocks = index[..., None] >> self._levels
         return (self._nodes[blocks << self._levels] * (blocks & 1)).sum(-1).double() / ONE
 

@@ -11,11 +11,13 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -52,20 +54,59 @@ class ConfigError(Stopped):
         super().__init__(sentence, 2)
 
 
+class Audience:
+    """A text stream that somebody reads. When nobody does any more, SIGHUP is raised, as for a lost terminal."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write `text`, or lose it."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            fall_silent(self._stream)
+            signal.raise_signal(signal.SIGHUP)
+
+
+def fall_silent(stream: TextIO) -> None:
+    """Let `stream` lead nowhere, or what it still holds would be an error at the end of the process."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def run(main: Callable[[], None], module: dict) -> int:
     """Override the constants in `module` from the command line, call `main`, and return the exit status."""
     try:
-        override(module, sys.argv[1:])
-        main()
+        with contextlib.redirect_stderr(Audience(sys.stderr)):
+            override(module, sys.argv[1:])
+            main()
+        return 0
     except Stopped as stop:
-        print(f"error: {stop}" if stop.status in (1, 2) else stop, file=sys.stderr)
-        return stop.status
+        told, status = f"error: {stop}" if stop.status in (1, 2) else str(stop), stop.status
     except (MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+        if not (refused := out_of_memory(error)):
             raise
-        print(f"error: out of memory: {str(error).splitlines()[0]}; free some, or lower MEM_SIZE", file=sys.stderr)
-        return 1
-    return 0
+        told, status = f"error: out of memory: {refused}; free some, or lower MEM_SIZE", 1
+    try:
+        print(told, file=sys.stderr)
+    except OSError:
+        fall_silent(sys.stderr)
+    return status
 
 
 def override(module: dict, arguments: list[str]) -> None:
@@ -250,10 +291,10 @@ def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one, and it is asked for bfloat16
     dtype = choose_dtype(precision, device)
     if device.type == "cuda":
-        if device.index is not None:
-            torch.cuda.set_device(device)  # streams and graphs are made on the current one
         torch.backends.cudnn.benchmark = True  # the shapes never change, so the fastest algorithms are worth a search
         if precision == "float32":  # the reference: by default convolutions round their factors to TF32's 10 bits
             torch.backends.cudnn.conv.fp32_precision = "ieee"
@@ -275,7 +316,7 @@ def choose_storage(
         if needed + HEADROOM <= free:
             return place, sentence
     fits = int((free - HEADROOM) / needed * mem_size) // 10_000 * 10_000
-    remedy = f"free some, or take --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
+    remedy = f"free some, or begin a run with --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
     raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; {remedy}")
 
 
@@ -305,11 +346,13 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 1 << 30)
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation was refused; torch and its libraries say so in their own ways."""
+def out_of_memory(error: Exception) -> str:
+    """What `error` says if an allocation was refused, else nothing; torch and its libraries have words of their own."""
     told = str(error)
     refused = "can't allocate memory" in told or os.strerror(errno.ENOMEM) in told  # for tensors, for mapped files
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or refused or told == "could not create a primitive"
+    refused |= told.startswith("CUDA error: out of memory") or "STATUS_ALLOC_FAILED" in told  # a GPU's libraries
+    refused |= told == "could not create a primitive" or isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return (told or "an allocation was refused").splitlines()[0] if refused else ""
 
 
 def describe_start(device: torch.device, constants: dict) -> dict:

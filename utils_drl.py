@@ -18,6 +18,8 @@ from torch import Tensor
 from utils_model import DQN, pixels
 from utils_types import Batch
 
+warnings.filterwarnings("ignore", ".*capturable=True")  # Adam's, as long as it is not recorded: fused it costs nothing
+
 
 def td_targets(batch: Batch, next_target: Tensor, next_choice: Tensor) -> Tensor:
     """Target quantiles [B, q]: returns + discounts * those that `next_target` gives the best action of `next_choice`.
@@ -71,8 +73,7 @@ class CudaGraph:
         self._calls += 1
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*capturable=True")  # Adam's, as long as it is not recorded
+        with torch.cuda.stream(self._stream):
             result = self._function()
         current.wait_stream(self._stream)
         result.record_stream(current)
@@ -119,6 +120,15 @@ def flatten(network: DQN) -> tuple[torch.nn.Parameter, list[Tensor]]:
         parameter.data, parameter.grad = part.copy_(parameter.detach()), gradient
         offset += parameter.numel()
     return flat, [parameter.grad for parameter in parameters]
+
+
+def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
+    """Copy each source into its target. On a GPU one call is one kernel only if its types are all the same."""
+    alike: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+    for target, source in zip(targets, sources, strict=True):
+        alike.setdefault((target.dtype, source.dtype), []).append((target, source))
+    for pairs in alike.values():
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
 
 
 LARGEST_DRAW = 1024  # transitions that are drawn at once, 58 MB of frames
@@ -252,7 +262,7 @@ class Agent:
             try:
                 graph.record()
             except RuntimeError as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = str(error.__context__ or error).strip().splitlines()[0]  # to end a broken recording fails too
                 print(f"CUDA graphs do not work here, going on without them, slower: {reason}", file=sys.stderr)
                 self._use_graphs = False
                 return function()
@@ -281,7 +291,7 @@ class Agent:
         values = values_of(batch.actions, network(batch.states))
         loss = (batch.weights * quantile_loss(values, targets)).mean()
         gradients = torch.autograd.grad(loss, list(network.parameters()))
-        torch._foreach_copy_(self._gradients, gradients)
+        copy_all(self._gradients, gradients)
         self._weights.grad.clamp_(-1, 1)
         self._optimizer.step()
         q_values = values.detach().mean(1)
@@ -292,7 +302,7 @@ class Agent:
         if self._rounded is None:
             return network
         with torch.no_grad():
-            torch._foreach_copy_(list(self._rounded.parameters()), list(network.parameters()))
+            copy_all(self._rounded.parameters(), network.parameters())
         return self._rounded
 
     def sync(self) -> None:

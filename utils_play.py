@@ -45,7 +45,7 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
         env = AtariEnv(about["game"], 1, device, stack_size=shape["stack_size"], frame_skip=about["frame_skip"])
         if env.get_action_dim() != shape["action_dim"]:
             raise ValueError(f"{path} knows {shape['action_dim']} actions, {env.game} has {env.get_action_dim()}")
-        agent = Agent(device=device, dtype=dtype, **shape)
+        agent = Agent(device=device, dtype=dtype, graphs=False, **shape)
         agent.load(path)
         title = f"{Path(path).name}, {about['step']:,} steps of training"
     except OSError as error:

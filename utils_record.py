@@ -16,7 +16,8 @@ from utils_config import ConfigError, Stopped
 from utils_drl import write_whole
 
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
-FREE = ("THREADS", "RENDER")  # constants that may change when a run goes on; the first changes rounding
+OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
+FREE = ("THREADS", "CUDA_GRAPHS", "RENDER")  # constants that may change when a run goes on; all but the last round
 UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
 ELSEWHERE = f"start in another directory, or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
 
@@ -38,8 +39,15 @@ class Record:
         """The directory of the models and checkpoints; ~ is the home directory."""
         return Path(os.path.expanduser(self.constants["SAVE_PREFIX"]))
 
+    @property
+    def owns_models(self) -> bool:
+        """Whether its mark is on the directory of the models."""
+        mark = self.models / OWNER
+        return mark.exists() and mark.read_text() == self.run
+
     def write(self) -> None:
-        """Write it to run.json, whole or not at all. Raises OSError."""
+        """Write it to run.json, whole or not at all, and its mark beside the models. Raises OSError."""
+        write_whole(self.models / OWNER, lambda file: file.write(self.run.encode()))
         content = asdict(self)
         content["crc32"] = _checksum(content)
         write_whole(RECORD, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
@@ -60,15 +68,15 @@ def claim(values: dict, stack: contextlib.ExitStack) -> Record:
         there = None
     if there and there.finished is not None:
         told = f"this run is finished, at step {there.finished:,}; start another one elsewhere"
-        best = (
-            f"its best model has a mean score of {there.score:.1f}, watch it with: {watch(there.models / there.best)}"
-        )
-        raise Stopped(f"{told}; {best}", 0)
+        told += f"; its best model has a mean score of {there.score:.1f}, watch it with: "
+        raise Stopped(told + watch(there.models / there.best), 0)
     new.models.mkdir(parents=True, exist_ok=True)
+    stack.callback(_remove_empty, new.models)
     if not new.models.samefile("."):
         _lock(new.models, stack)
-    for old in () if there else _results(new.models):
-        raise ConfigError(f"{old} is from an earlier run; {ELSEWHERE}")
+    results = _results(new.models) if there is None else [] if there.owns_models else _models(new.models)
+    for old in results:
+        raise ConfigError(f"{old} is from another run; {ELSEWHERE}")
     for place in (new.models, "."):
         tempfile.TemporaryFile(dir=place).close()
     return there or new
@@ -115,18 +123,27 @@ def _lock(directory: Path, stack: contextlib.ExitStack) -> None:
         raise OSError(error.errno, error.strerror, str(directory)) from None
 
 
-def _results(models: Path) -> list[Path]:
+def _remove_empty(directory: Path) -> None:
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def _results(models: Path | None) -> list[Path]:
     """What a run with these `models` has written."""
-    saved = (*models.glob("model_*"), *models.glob("checkpoint_*"))
+    saved = _models(models) if models else ()
     return [path for path in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")) if path.exists()]
 
 
+def _models(directory: Path) -> list[Path]:
+    return [*directory.glob("model_*"), *directory.glob("checkpoint_*")]
+
+
 def _discard(record: Record) -> bool:
-    """Remove a run that has learned nothing yet and was evaluated at step 0 at most. False, and all stays, otherwise.
+    """Remove a run without a checkpoint of what it learned or an evaluation of it. False, and all stays, otherwise.
 
     The record goes last, so that the next start ends what is cut off here. Raises OSError for what is not the run's.
     """
-    results, checkpoint = _results(record.models), record.checkpoint or 0
+    results, checkpoint = _results(record.models if record.owns_models else None), record.checkpoint or 0
     removable = (*UNTRAINED, f"checkpoint_{checkpoint:010d}")
     more = [path for path in results if path.name not in removable and path.suffix != ".tmp"]
     steps = REWARDS.read_bytes().split()[1::3] if REWARDS in results else []
@@ -143,5 +160,7 @@ def _discard(record: Record) -> bool:
                 path.rmdir()
             else:
                 path.unlink()
+        if record.owns_models:
+            (record.models / OWNER).unlink()
         RECORD.unlink()
     return True

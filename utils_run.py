@@ -45,18 +45,16 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {values['SAVE_PREFIX']})"
             raise ConfigError(told) from None
         run = Run(record, values, device, space)
-        for number in SIGNALS:
-            stack.callback(signal.signal, number, before := signal.getsignal(number))
-            if before != signal.SIG_IGN:
-                signal.signal(number, run.on_signal)
         show = threading.excepthook
         stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the run
         threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
         try:
             try:
+                for number in SIGNALS:
+                    stack.callback(signal.signal, number, before := signal.getsignal(number))
+                    if before != signal.SIG_IGN:
+                        signal.signal(number, run.on_signal)
                 yield run
-            except BrokenPipeError:  # who read what is said is gone, as a terminal may be
-                run.hang_up()
             except KeyboardInterrupt:
                 run.leave()
             run.finish()
@@ -64,10 +62,10 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
             cause = f"cannot write {os.fsdecode(error.filename or 'results')}: {error.strerror}"
             raise run.stopped(cause, "mend that and give the same command again") from error
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not (refused := out_of_memory(error)):
                 raise
-            cause = f"out of memory: {str(error).splitlines()[0]}"
-            raise run.stopped(cause, "free some and give the same command again") from error
+            told = f"out of memory: {refused}"
+            raise run.stopped(told, "free some and give the same command again") from error
 
 
 class Run:
@@ -98,6 +96,8 @@ class Run:
             except Exception as error:  # a damaged file raises any of a dozen kinds
                 if out_of_memory(error):
                     raise
+                if isinstance(error, PermissionError):
+                    raise ConfigError(f"cannot read {path}: {error.strerror}") from None
                 refused[path] = str(error) if isinstance(error, ConfigError) else "it is damaged"
         self._beats = self._step // self._constants["CHECKPOINT_FREQ"]
         self._announce(good, refused)
@@ -126,17 +126,19 @@ class Run:
             if self._signal:
                 raise KeyboardInterrupt
             yield
+        finally:
             self._abort = False
-        except KeyboardInterrupt:
-            self.leave()
 
     def report(self, number: int, step: int, scores: np.ndarray) -> None:
         """Append a row to rewards.txt, with the mean of the games' `scores`."""
         evaluation = Evaluation(number, step, self._minutes(), scores.tolist())
-        with open(REWARDS, "a") as file:
-            file.write(evaluation.row)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(REWARDS, "a") as file:
+                file.write(evaluation.row)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(REWARDS)) from error
         self.evaluations.append(evaluation)
 
     def check(self, step: int, loss: Tensor | None, weights: bool = False) -> None:
@@ -169,12 +171,6 @@ class Run:
         self._record.finished, self._record.best, self._record.score = self._step, best.model, best.mean
         self._record.write()
 
-    def hang_up(self) -> None:
-        """End the run as a lost terminal does. Raises Stopped."""
-        _be_silent()
-        self._signal = signal.SIGHUP
-        self.leave()
-
     def stopped(self, cause: str, remedy: str) -> Stopped:
         """The exception that ends the run at this step."""
         there = self._checkpoints()
@@ -188,16 +184,16 @@ class Run:
         with contextlib.suppress(OSError):  # the terminal may be gone; print could be in the middle of itself
             os.write(2, f"\n{name}: stopping in order; a second one leaves at once\n".encode())
         for each in SIGNALS:  # a second one ends the process at once, whatever it is doing; hangups come in pairs
-            signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
-        if number == signal.SIGHUP:
-            _be_silent()
+            if signal.getsignal(each) != signal.SIG_IGN:
+                signal.signal(each, signal.SIG_IGN if each == signal.SIGHUP else signal.SIG_DFL)
         if self._abort:
             self._abort = False
             raise KeyboardInterrupt
 
     def leave(self) -> None:
         """End the run as the signal demands, with a checkpoint if it has come on since the last. Raises Stopped."""
-        name, status = signal.Signals(self._signal).name, 128 + self._signal
+        number = self._signal or signal.SIGINT  # which may come before on_signal knows of it
+        name, status = signal.Signals(number).name, 128 + number
         if not self._resumed or self._step == 0:
             raise Stopped(f"stopped before the first step by {name}; start again with: {command_line()}", status)
         if self._record.checkpoint != self._step:
@@ -221,6 +217,10 @@ class Run:
         write_whole(self._path(self._step), lambda file: torch.save(state, file))
         self._record.checkpoint = self._step
         self._record.write()
+        self._prune()
+
+    def _prune(self) -> None:
+        """Keep the last two checkpoints."""
         for old in self._checkpoints()[:-2]:
             old.unlink()
 
@@ -271,14 +271,8 @@ class Run:
             REWARDS.unlink(missing_ok=True)
         for half in self.models.glob("checkpoint_*.tmp"):
             half.unlink()
-        for pictures in Path(".").glob("eval_*/"):
-            number = pictures.name.removeprefix("eval_")
+        self._prune()
+        for pictures in Path(".").glob("eval_*"):
+            number = pictures.stem.removeprefix("eval_")
             if number.isdigit() and int(number) >= len(self.evaluations):
-                shutil.rmtree(pictures)
-
-
-def _be_silent() -> None:
-    """Write nowhere from now on: nobody reads it, and to try would raise."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+                shutil.rmtree(pictures) if pictures.is_dir() else pictures.unlink()

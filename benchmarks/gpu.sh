@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # All that a CUDA GPU has to settle, in about ten minutes: bash benchmarks/gpu.sh [DIRECTORY]
 # The tests that need one, the throughput table (with Stable-Baselines3 if it is installed), a million steps of Breakout.
-# Everything is printed and kept in DIRECTORY, by default results/gpu. The exit status is that of the first that failed.
+# Everything is printed and kept in DIRECTORY, by default results/gpu, which must hold no run yet. It takes 22 GB of disk
+# for a while. The exit status is that of the first that failed.
 set -uo pipefail
 mkdir -p "${1:-$(dirname "$0")/../results/gpu}"
 out=$(cd "${1:-$(dirname "$0")/../results/gpu}" && pwd)
 cd "$(dirname "$0")/.."
 root=$PWD status=0
+mkdir "$out/breakout" || exit  # a finished run would not run again
 
 python -m pytest -o addopts= -m gpu -q 2>&1 | tee "$out/tests.txt" || status=$?
 
 peers=$(python -c 'import stable_baselines3' 2>/dev/null && echo --peers)
-python benchmarks/throughput.py $peers --json "$out/throughput.json" 2>&1 | tee "$out/throughput.txt" || status=${status/#0/$?}
+python benchmarks/throughput.py $peers --rounds 2 --json "$out/throughput.json" 2>&1 | tee "$out/throughput.txt" || status=${status/#0/$?}
 
-mkdir "$out/breakout" && cd "$out/breakout" || exit  # a finished run would not run again
+cd "$out/breakout" || exit
 start=$SECONDS
 python "$root/main.py" --MAX_STEPS=1_000_000 --EPS_DECAY=250_000 --EVALUATE_FREQ=250_000 2>&1 | tee log.txt || status=${status/#0/$?}
 echo "a million steps of Breakout took $((SECONDS - start)) s, evaluations included" | tee seconds.txt

@@ -233,6 +233,8 @@ def random_frames(*shape: int) -> torch.Tensor:
 def filled(kind: type[ReplayMemory], slots: int, device: torch.device) -> ReplayMemory:
     """A full memory of noise."""
     games = main.NUM_ENVS
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what earlier parts left does not count as free otherwise
     place, _ = utils_config.choose_storage(device, kind, slots, games)
     memory = kind(slots, games, n_step=main.N_STEP, device=place, learner_device=device)
     row = Transition(

@@ -59,11 +59,9 @@ def results(directory: Path) -> dict[str, bytes | dict]:
     reader = EventAccumulator(str(directory / "curves"), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in reader.Tags()["scalars"] if not tag.startswith("speed/")]
     curves = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in tags}
-    return {"curves": curves} | {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in files
-        if path.name not in ("run.json", "rewards.png") and not path.name.startswith(("checkpoint_", "events."))
-    }
+    own = re.compile(r"run\.json|run\.id|rewards\.png|checkpoint_.*|events\..*")
+    written = {str(path.relative_to(directory)): path.read_bytes() for path in files if not own.fullmatch(path.name)}
+    return {"curves": curves, **written}
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -176,11 +174,13 @@ def stop_runs(place: Path, stops: int, constants: dict, seed: int = 0) -> dict[s
         process.send_signal(order[-1])
         _, errors = process.communicate()
         took = time.monotonic() - begin
+        if step and f"going on at step {step:,} from" not in errors:
+            raise AssertionError(f"stopped at {step}, and then: {errors}")
         if process.returncode == 0:  # it had come to its end
             directory = None
             continue
         number_of = order.pop()
-        told = re.search(r"stopped .* step ?([\d,]*) by .* with: python .*main\.py --MAX_STEPS", errors)
+        told = re.search(r"stopped .* step ?([\d,]*) by .* with: python .*main\.py", errors)
         if process.returncode != 128 + number_of or not told or took > IN_TIME:
             raise AssertionError(f"{number_of!r}: status {process.returncode} after {took:.1f} s: {errors}")
         stopped_at = int(told[1].replace(",", "") or 0)
@@ -206,7 +206,9 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments, rest = parser.parse_known_args()
-    constants = SMALL | dict(argument.removeprefix("--").split("=") for argument in rest)
+    given = dict(argument.removeprefix("--").split("=") for argument in rest)
+    kinds = {name: type(value) for name, value in SMALL.items()}
+    constants = SMALL | {n: value == "True" if kinds[n] is bool else kinds[n](value) for n, value in given.items()}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         if arguments.kills:

@@ -1,5 +1,7 @@
 """The same numbers on a CUDA GPU as on the CPU, and by CUDA graphs as without. Run with: python -m pytest -m gpu"""
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -89,7 +91,26 @@ def test_a_memory_in_ram_delivers_to_the_gpu(kind):
         memory.push(on(CUDA, row))
     batch = memory.sample(32)
     assert {value.device.type for value in batch} == {"cuda"}
-    memory.update_priorities(batch.indices, torch.rand(32, device=CUDA))
+    stored = memory.gather(batch.indices.cpu())._replace(weights=batch.weights.cpu())
+    for mine, its in zip(stored, batch, strict=True):
+        assert torch.equal(mine.cpu(), its.cpu())
+    assert Agent(4, CUDA, dtype=torch.bfloat16).learn(memory, 32, 2).isfinite()
+
+
+@pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
+def test_a_memory_on_the_gpu_survives_a_checkpoint(kind):
+    before, after = (kind(600, 8, n_step=3, device=CUDA) for _ in range(2))
+    for row in rows(100, 8):
+        before.push(on(CUDA, row))
+    before.update_priorities(before.sampleable(), torch.rand(len(before.sampleable()), device=CUDA))
+    file = io.BytesIO()
+    torch.save(before.state_dict(), file)
+    file.seek(0)
+    after.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    for memory in (before, after):
+        memory.reseed(5)
+    for mine, its in zip(before.sample(32, 4), after.sample(32, 4), strict=True):
+        assert torch.equal(mine, its)
 
 
 @pytest.mark.parametrize("quantiles", [1, 8])
@@ -144,6 +165,8 @@ def trained(graphs, dtype, kind=PrioritizedReplayMemory, updates=(8,) * 125):
         memory.push(on(CUDA, row))
         if number >= 60:
             losses.append(agent.learn(memory, 32, updates[number - 60]).clone())
+            if number % 10 == 0:
+                agent.sync()
             drawn.append(memory.sample(1).indices)
     return agent, torch.cat(drawn).cpu(), torch.stack(losses).cpu()
 
@@ -208,24 +231,31 @@ def test_neither_learning_nor_storing_waits_for_the_gpu(kind, graphs):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_states_and_rows_arrive_whole_on_the_gpu():
+def test_states_and_rows_arrive_whole_on_the_gpu_however_busy_it_is():
     here, there = AtariEnv("breakout", 4), AtariEnv("breakout", 4, CUDA)
-    agent = Agent(4)
-    mine, its = here.reset(3), there.reset(3)
-    for _ in range(200):
-        assert torch.equal(mine[0], its[0].cpu())
-        for one, other in zip(mine[1], its[1], strict=True):
-            assert torch.equal(one, other.cpu())
-        actions = agent.run(mine[0])
-        mine, its = here.step(actions), there.step(actions)
+    agent, mine, its = Agent(4), [], []
+    states, row = here.reset(3)
+    its_states, its_row = there.reset(3)
+    for step in range(200):
+        mine += [value.clone() for value in (states, *row)]
+        its += [value.clone() for value in (its_states, *its_row)]
+        if step % 50 == 0:
+            torch.cuda._sleep(1 << 30)  # half a second in which uploads wait for their turn
+        actions = agent.run(states)
+        (states, row), (its_states, its_row) = here.step(actions), there.step(actions)
+    for one, other in zip(mine, its, strict=True):
+        assert torch.equal(one, other.cpu())
 
 
-@pytest.mark.parametrize("graphs", [False, True])
-@pytest.mark.parametrize("prioritized", [False, True])
-def test_a_whole_run_on_the_gpu_writes_its_results(monkeypatch, tmp_path, prioritized, graphs):
+@pytest.mark.parametrize(
+    ("prioritized", "graphs", "precision"),
+    [(False, True, "auto"), (True, True, "auto"), (True, False, "auto"), (True, True, "float32")],
+)
+def test_a_whole_run_on_the_gpu_writes_its_results(monkeypatch, tmp_path, prioritized, graphs, precision):
     constants = {
         "PRIORITIZED": prioritized,
         "CUDA_GRAPHS": graphs,
+        "PRECISION": precision,
         "MAX_STEPS": 4_000,
         "WARM_STEPS": 1_000,
         "MEM_SIZE": 3_000,

@@ -437,10 +437,10 @@ def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
     run = tiny_run(MAX_STEPS=8)
     (run.directory / "run.json").unlink()
     before = {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()}
-    with pytest.raises(utils_config.ConfigError, match=r"rewards\.txt is from an earlier run"):
+    with pytest.raises(utils_config.ConfigError, match=r"rewards\.txt is from another run"):
         main.main()
     (run.directory / "rewards.txt").rename(run.directory / "kept.txt")
-    with pytest.raises(utils_config.ConfigError, match="model_000 is from an earlier run"):
+    with pytest.raises(utils_config.ConfigError, match="model_000 is from another run"):
         main.main()
     (run.directory / "kept.txt").rename(run.directory / "rewards.txt")
     assert {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()} == before
@@ -449,7 +449,7 @@ def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
 def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "eval_003").mkdir()
-    with pytest.raises(utils_config.ConfigError, match="eval_003 is from an earlier run"):
+    with pytest.raises(utils_config.ConfigError, match="eval_003 is from another run"):
         main.main()
 
 

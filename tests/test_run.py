@@ -1,11 +1,13 @@
 """Runs that are killed, stopped, damaged or starved, and go on, or end with one sentence and nothing lost."""
 
 import contextlib
+import errno
 import io
 import json
 import math
 import os
 import pickle
+import pty
 import random
 import re
 import resource
@@ -144,6 +146,10 @@ def test_damage_to_a_real_checkpoint_is_noticed_or_harmless(monkeypatch, run_mai
         assert take_up(content[:where]) == before
 
 
+def test_a_real_run_survives_signals(tmp_path):
+    assert kill_test.stop_runs(tmp_path, 1, {**kill_test.SMALL, "MAX_STEPS": 4_000})["slowest"] < kill_test.IN_TIME
+
+
 def test_a_tilde_in_save_prefix_is_the_home_directory(monkeypatch, run_main, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert run_main(tmp_path / "run", SAVE_PREFIX="~/models", MAX_STEPS=8)[0] == 0
@@ -202,7 +208,7 @@ def test_a_signal_before_the_first_step_leaves_no_checkpoint(monkeypatch, run_ma
         status, told = run_main(tmp_path / "run")
     assert status == 143
     assert told.splitlines()[-1] == "stopped before the first step by SIGTERM; start again with: python main.py"
-    assert not list((tmp_path / "run" / "models").iterdir())
+    assert [path.name for path in (tmp_path / "run" / "models").iterdir()] == ["run.id"]
 
 
 @pytest.mark.parametrize(
@@ -278,6 +284,37 @@ def test_a_pipe_that_nobody_reads_any_more_ends_the_run_like_a_lost_terminal(tmp
     step = json.loads((tmp_path / "run.json").read_text())["checkpoint"]
     assert checkpoint.name == f"checkpoint_{step:010d}"
     assert step % kill_test.SMALL["CHECKPOINT_FREQ"] != 0, "not only the last regular one"
+    resets = 1 + step // kill_test.SMALL["CHECKPOINT_FREQ"]
+    rows = step // kill_test.SMALL["NUM_ENVS"] + resets
+    assert torch.load(checkpoint, weights_only=True)["memory"]["pushed"] == rows, "between two iterations"
+
+
+def test_a_terminal_that_goes_without_a_word_ends_the_run_in_order(tmp_path):
+    mine, its = pty.openpty()
+    arguments = [f"--{name}={value}" for name, value in kill_test.SMALL.items()]
+    command = [sys.executable, str(kill_test.MAIN), *arguments]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=its, start_new_session=True)
+    os.close(its)
+    os.set_blocking(mine, False)
+    told = []
+
+    def read() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            told.append(os.read(mine, 65536))
+        return (tmp_path / "models" / "model_001").exists()
+
+    assert kill_test.wait_for(process, read)
+    os.close(mine)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert list((tmp_path / "models").glob("checkpoint_*"))
+
+
+def test_ctrl_c_keeps_its_status_where_the_reader_of_the_pipe_went_first(tmp_path):
+    process = kill_test.start(tmp_path, {**kill_test.SMALL, "MAX_STEPS": 1_000_000, "EVALUATE_FREQ": 1_000_000})
+    assert kill_test.wait_for(process, lambda: (tmp_path / "models" / "checkpoint_0000000800").exists())
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
 
 
 def test_a_second_signal_leaves_at_once(tmp_path):
@@ -353,7 +390,7 @@ def test_weights_that_are_no_numbers_are_never_saved(monkeypatch, run_main, tmp_
     monkeypatch.setattr(main.Agent, "learn", diverge)
     status, told = run_main(tmp_path / "run", PRIORITIZED=prioritized)
     assert (status, "training has diverged" in told) == (1, True)
-    for path in (tmp_path / "run" / "models").iterdir():
+    for path in (tmp_path / "run" / "models").glob("*_*"):
         saved = torch.load(path, weights_only=True)
         weights = saved["weights"] if "weights" in saved else saved["agent"]["policy"]
         assert all(weight.isfinite().all() for weight in weights.values())
@@ -657,7 +694,7 @@ def files() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("number", range(1, 9))
+@pytest.mark.parametrize("number", range(1, 10))
 @pytest.mark.usefixtures("begun")
 def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
     with monkeypatch.context() as patch:
@@ -666,7 +703,7 @@ def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
             pass
     assert Path("run.json").exists()
     write(20, GAMMA=0.5)
-    assert [str(path) for path in files()] == ["run.json"]
+    assert sorted(str(path) for path in files()) == ["models/run.id", "run.json"]
 
 
 @pytest.mark.parametrize("more", ["models/model_001", "models/checkpoint_0000000200", "eval_001.gif", "rewards.txt"])
@@ -678,6 +715,25 @@ def test_a_run_with_results_makes_no_way(more):
     with pytest.raises(utils_config.ConfigError, match=r"the run in this directory has GAMMA=0\.99, not 0\.5"):
         write(20, GAMMA=0.5)
     assert files() == before
+
+
+def test_models_of_another_run_in_a_shared_place_are_neither_overwritten_nor_removed(monkeypatch, tmp_path):
+    mine, others = tmp_path / "mine", tmp_path / "others"
+    for place in (mine, others):
+        place.mkdir()
+    monkeypatch.chdir(mine)
+    write(40, SAVE_PREFIX="../shared")
+    monkeypatch.chdir(others)
+    write(40, SAVE_PREFIX="../shared")
+    Path("../shared/model_000").write_text("precious")
+    monkeypatch.chdir(mine)
+    with pytest.raises(utils_config.ConfigError, match=r"\.\./shared/model_000 is from another run; start in another"):
+        write(40, SAVE_PREFIX="../shared")
+    with pytest.raises(utils_config.ConfigError, match=r"\.\./shared/model_000 is from another run"):
+        write(40, SAVE_PREFIX="../shared", GAMMA=0.5)
+    monkeypatch.chdir(others)
+    write(40, SAVE_PREFIX="../shared")
+    assert Path("../shared/model_000").read_text() == "precious"
 
 
 @pytest.mark.usefixtures("begun")
@@ -728,6 +784,23 @@ def test_a_full_disk_costs_no_earlier_checkpoint(failing):
     assert "cannot write models/checkpoint_0000000" in told
     assert "File too large" in told
     assert "the last good checkpoint is models/checkpoint_0000000300; mend that and give the same command" in told
+    assert resume() == 300
+
+
+def test_an_allocation_that_python_refuses_is_told(failing):
+    assert "step 300: out of memory: an allocation was refused; " in failing(lambda run, part: bytes(1 << 60))
+
+
+def test_a_checkpoint_that_may_not_be_read_stays_where_it_is(monkeypatch, place):
+    path = place()
+
+    def refuse(_) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils_run.zipfile, "ZipFile", refuse)
+        with pytest.raises(utils_config.ConfigError, match=f"cannot read {path}: Permission denied"):
+            resume()
     assert resume() == 300
 
 

@@ -512,3 +512,9 @@ def test_scanning_finds_the_same_leaves_as_descending(capacity):
     draws = [tree.sample(999, torch.Generator().manual_seed(capacity)) for tree in (descending, scanning)]
     assert torch.equal(draws[0][0], draws[1][0])
     assert torch.equal(draws[0][1], draws[1][1])
+    again = rng.integers(capacity, size=(2, 50))
+    for tree in (descending, scanning):
+        tree.update(torch.as_tensor(again[0]), torch.as_tensor(again[1], dtype=torch.float64) / 64)
+    ends = torch.arange(capacity + 1)
+    assert torch.equal(descending.prefix_sum(ends), scanning.prefix_sum(ends))
+    assert descending.total() == scanning.total() == scanning.prefix_sum(capacity)
