@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 HUMAN = {  # scores of random play and of the human tester (Mnih et al. 2015, Wang et al. 2016)
     "asterix": (210.0, 8503.3),
@@ -119,7 +120,7 @@ def draw(path: Path, curves: dict[tuple[str, str], list]) -> None:
             (line,) = panel.plot(x.mean(1), scores.mean(1), color=colours[recipe])
             panel.fill_between(x.mean(1), scores.min(1), scores.max(1), color=colours[recipe], alpha=0.2, linewidth=0)
             panel.set(xlabel=unit, ylabel="score", title=game)
-            panel.xaxis.set_major_formatter("{x:,.0f}")
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))
             panel.grid(alpha=0.3)
             labels[f"{recipe} (seeds: {len(seeds)})"] = line
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=min(2, len(games)))
