@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import io
 import json
 import math
@@ -307,6 +308,15 @@ def test_a_terminal_that_goes_without_a_word_ends_the_run_in_order(tmp_path):
     os.close(mine)
     assert process.wait(60) == 128 + signal.SIGHUP
     assert list((tmp_path / "models").glob("checkpoint_*"))
+
+
+def test_under_nohup_a_run_goes_on_when_nobody_reads_any_more(tmp_path):
+    ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
+    process = kill_test.start(tmp_path, {**kill_test.SMALL, "MAX_STEPS": 4_000}, preexec_fn=ignore)
+    assert kill_test.wait_for(process, lambda: (tmp_path / "models" / "model_001").exists())
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert (tmp_path / "models" / "model_004").exists()
 
 
 def test_ctrl_c_keeps_its_status_where_the_reader_of_the_pipe_went_first(tmp_path):
