@@ -315,9 +315,14 @@ def choose_storage(
         sentence = f"replay memory for {mem_size:,} steps: {needed / 1e9:.2f} GB on {place}, {free / 1e9:.2f} GB free"
         if needed + HEADROOM <= free:
             return place, sentence
-    fits = int((free - HEADROOM) / needed * mem_size) // 10_000 * 10_000
-    remedy = f"free some, or begin a run with --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
+    remedy = make_fit((free - HEADROOM) / needed * mem_size)
     raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; {remedy}")
+
+
+def make_fit(mem_size: float) -> str:
+    """What to do where there is room for a replay memory of `mem_size` steps only."""
+    fits = int(mem_size) // 10_000 * 10_000
+    return f"free some, or begin a run with --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
 
 
 def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
@@ -329,7 +334,8 @@ def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
     needed = f"{size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
     sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
-        raise ConfigError(f"{sentence}; free some, or lower MEM_SIZE")
+        remedy = make_fit((free / most - NETWORKS) / memory_bytes * constants["MEM_SIZE"])
+        raise ConfigError(f"{sentence}; {remedy}")
     return sentence
 
 

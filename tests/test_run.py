@@ -677,8 +677,8 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(utils_config.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
     with (
-        pytest.raises(utils_config.ConfigError, match=r"0\.81 GB each, at most 3 at a time .*, 2\.00 GB free"),
-        utils_run.open_run(constants(), CPU, 706_000_000),
+        pytest.raises(utils_config.ConfigError, match=r"0\.81 GB each, .*, 2\.00 GB free on .*MEM_SIZE=70_000"),
+        utils_run.open_run(constants(MEM_SIZE=100_000), CPU, 706_000_000),
     ):
         pass
     with pytest.raises(Killed), utils_run.open_run(constants(), CPU, 500_000_000):
