@@ -176,7 +176,7 @@ def stop_runs(place: Path, stops: int, constants: dict, seed: int = 0) -> dict[s
         took = time.monotonic() - begin
         if step and f"going on at step {step:,} from" not in errors:
             raise AssertionError(f"stopped at {step}, and then: {errors}")
-        if process.returncode == 0:  # it had come to its end
+        if process.returncode == 0 and took < IN_TIME:  # it had come to its end
             directory = None
             continue
         number_of = order.pop()
@@ -201,6 +201,7 @@ def stop_runs(place: Path, stops: int, constants: dict, seed: int = 0) -> dict[s
 
 def main() -> None:
     """Read the arguments, do the tests, say what was found."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what runs in the background ignore it
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--stops", type=int, default=0)
