@@ -74,9 +74,9 @@ def claim(values: dict, stack: contextlib.ExitStack) -> Record:
     stack.callback(_remove_empty, new.models)
     if not new.models.samefile("."):
         _lock(new.models, stack)
-    results = _results(new.models) if there is None else [] if there.owns_models else _models(new.models)
-    for old in results:
-        raise ConfigError(f"{old} is from another run; {ELSEWHERE}")
+    results = _models(new.models) if there else _results(new.models)
+    if results and not (there and there.owns_models):
+        raise ConfigError(f"{results[0]} is from another run; {ELSEWHERE}")
     for place in (new.models, "."):
         tempfile.TemporaryFile(dir=place).close()
     return there or new
