@@ -19,7 +19,10 @@ RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("
 OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
 FREE = ("THREADS", "CUDA_GRAPHS", "RENDER")  # constants that may change when a run goes on; all but the last round
 UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
-ELSEWHERE = f"start in another directory, or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
+ELSEWHERE = (
+    "start in another directory, with a SAVE_PREFIX of its own, "
+    f"or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
+)
 
 
 @dataclass
@@ -103,7 +106,7 @@ def _read() -> Record | None:
         return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
-    raise ConfigError(f"{RECORD} is damaged; put a good one back, or {ELSEWHERE}")
+    raise ConfigError(f"{RECORD} is damaged or was edited; put a good one back, or {ELSEWHERE}")
 
 
 def _checksum(content: dict) -> int:
