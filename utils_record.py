@@ -17,7 +17,7 @@ from utils_drl import write_whole
 
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
-FREE = ("THREADS", "CUDA_GRAPHS", "RENDER")  # constants that may change when a run goes on; all but the last round
+FREE = ("THREADS", "CUDA_GRAPHS", "RENDER")  # constants that may change in mid-run; the first two change rounding
 UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
 ELSEWHERE = (
     "start in another directory, with a SAVE_PREFIX of its own, "
@@ -46,7 +46,7 @@ class Record:
     def owns_models(self) -> bool:
         """Whether its mark is on the directory of the models."""
         mark = self.models / OWNER
-        return mark.exists() and mark.read_text() == self.run
+        return mark.exists() and mark.read_bytes() == self.run.encode()
 
     def write(self) -> None:
         """Write it to run.json, whole or not at all, and its mark beside the models. Raises OSError."""

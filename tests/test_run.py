@@ -743,6 +743,9 @@ def test_models_of_another_run_in_a_shared_place_are_neither_overwritten_nor_rem
         write(40, SAVE_PREFIX="../shared", GAMMA=0.5)
     monkeypatch.chdir(others)
     write(40, SAVE_PREFIX="../shared")
+    Path("../shared/run.id").write_bytes(b"\xff")
+    with pytest.raises(utils_config.ConfigError, match=r"\.\./shared/model_000 is from another run"):
+        write(40, SAVE_PREFIX="../shared")
     assert Path("../shared/model_000").read_text() == "precious"
 
 
