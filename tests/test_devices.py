@@ -1,0 +1,87 @@
+"""Storing and learning where nothing can be read: on torch's meta device, whose tensors are shapes without numbers.
+
+A GPU is worth its price only if the host never waits for it. On the meta device every such wait is an error (reading a
+number, a shape that depends on numbers), and so is here an operation on tensors of two devices, which on a GPU is an
+error or a wait. This is what can be shown of the CUDA path without a GPU; test_gpu.py shows the rest.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import utils_memory
+from sumtree import SumTree
+from utils_drl import Agent
+from utils_env import AtariEnv
+from utils_memory import PrioritizedReplayMemory, ReplayMemory
+
+META = torch.device("meta")
+
+
+class OneDevice(TorchDispatchMode):
+    """Allows operations only among tensors of one device; uploads have a tensor of the host alone."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        assert len(devices) <= 1, f"{operation} works on tensors of {devices}"
+        return operation(*args, **kwargs or {})
+
+
+class HostGenerator(torch.Generator):
+    """A generator of the host, whichever device is asked for."""
+
+    def __new__(cls, device):
+        return super().__new__(cls)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    """The meta device has neither generators of random numbers nor a fused Adam."""
+    Adam = torch.optim.Adam
+    monkeypatch.setattr(torch, "Generator", HostGenerator)
+    monkeypatch.setattr(torch.optim, "Adam", lambda *args, **options: Adam(*args, **options | {"fused": False}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "scan"),
+    [(ReplayMemory, None), (PrioritizedReplayMemory, False), (PrioritizedReplayMemory, True)],
+    ids=["uniform", "descent", "scan"],
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"double_dqn": True, "dtype": torch.bfloat16},
+        {"dueling": True, "quantiles": 5, "dtype": torch.bfloat16},
+        {"double_dqn": True, "dueling": True, "quantiles": 5},
+    ],
+    ids=["classic", "double-bfloat16", "dueling-q5-bfloat16", "double-dueling-q5"],
+)
+def test_an_iteration_neither_waits_for_the_device_nor_mixes_devices(monkeypatch, kind, scan, options):
+    monkeypatch.setattr(utils_memory, "SumTree", lambda capacity, device: SumTree(capacity, device, scan=scan))
+    env = AtariEnv("breakout", 4, META, num_threads=1)
+    agent, memory = Agent(4, META, **options), kind(100, 4, n_step=3, device=META)
+    with OneDevice():
+        states, row = env.reset(0)
+        memory.push(row)
+        for number in range(10):
+            env.send([number % 4] * 4)
+            if number > 5:
+                loss = agent.learn(memory, 8, 2)
+            states, row = env.recv()
+            memory.push(row)
+        agent.sync()
+        best = agent.values(states).argmax(1)
+    assert (best.shape, best.device.type, loss.shape, loss.device.type) == ((4,), "meta", (), "meta")
+
+
+@pytest.mark.parametrize("read", [bool, float, torch.Tensor.item, torch.nonzero, lambda x: x[x > 0], torch.Tensor.cpu])
+def test_waits_are_told(read):
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        read(torch.ones((), device=META))
+
+
+def test_mixtures_are_told():
+    with OneDevice(), pytest.raises(AssertionError, match="works on tensors of"):
+        torch.ones(3, device=META)[torch.arange(2)] += 1
