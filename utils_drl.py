@@ -41,12 +41,12 @@ def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
 
     Twice the paper's: with one quantile, whose fraction is 1/2, it is then exactly the smooth-L1 of the TD error.
     """
-    quantiles = values.shape[1]
-    fractions = (torch.arange(quantiles, dtype=values.dtype, device=values.device) + 0.5) / quantiles
-    error = targets[:, None, :] - values[:, :, None]  # [B, value, target]
-    slope = 2 * (fractions[:, None] - (error < 0).to(values.dtype)).abs()
-    zero = torch.zeros((), dtype=values.dtype, device=values.device).expand_as(error)
-    return (slope * F.smooth_l1_loss(error, zero, reduction="none")).mean(2).sum(1)
+    shape = *values.shape, targets.shape[1]  # [B, value, target]
+    values, targets = values[:, :, None].expand(shape), targets[:, None, :].expand(shape)
+    least = 1 / shape[1]  # twice the first quantile's fraction
+    twice = torch.linspace(least, 2 - least, shape[1], dtype=values.dtype, device=values.device)[:, None]
+    slope = torch.where(targets < values, 2 - twice, twice)
+    return (slope * F.smooth_l1_loss(values, targets, reduction="none")).mean(2).sum(1)
 
 
 class CudaGraph:

@@ -258,7 +258,11 @@ class PrioritizedReplayMemory(ReplayMemory):
         super().__init__(capacity, num_envs, **kwargs)
         self.alpha, self.beta_start, self.beta_steps = alpha, beta_start, beta_steps
         self._tree = SumTree(self.capacity, self.device)
-        self._new_priority = (1.0 + 0.01) ** alpha
+        # What a push changes, counted from the row after it: the row whose stack it broke and the one it made whole.
+        retired, ready = ((row * num_envs + self._row) for row in (self.stack_size - 2 - self.rows, -self.n_step - 1))
+        self._changed = torch.cat([retired, ready])
+        self._new_priorities = torch.tensor([0.0, (1.0 + 0.01) ** alpha], dtype=torch.float64, device=self.device)
+        self._new_priorities = self._new_priorities.repeat_interleave(num_envs)
 
     @staticmethod
     def needed_bytes(capacity: int, num_envs: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
@@ -271,11 +275,8 @@ class PrioritizedReplayMemory(ReplayMemory):
         """Append one row: another one's n-step window becomes whole and it gets priorities, a third loses its stack."""
         super().push(row)
         # Before the ring is full, or the window complete, these are rows not yet written: no transition, priority 0.
-        ready = (self._count - 1 - self.n_step) * self.num_envs + self._row
-        retired = (self._count - self.rows + self.stack_size - 2) * self.num_envs + self._row
-        priorities = self._is_transition(ready) * self._new_priority
-        slots = torch.cat([retired, ready]) % self.capacity
-        self._tree.update(slots, torch.cat([torch.zeros_like(priorities), priorities]))
+        changed = self._count * self.num_envs + self._changed
+        self._tree.update(changed % self.capacity, self._is_transition(changed) * self._new_priorities)
 
     def sample(self, batch_size: int, batches: int = 1) -> Batch:
         """Draw `batches` * `batch_size` transitions, batch after batch, in proportion to their priorities.
