@@ -39,6 +39,7 @@ RECIPES = {  # name: the constants of main.py that it changes, and the question 
     "full-classic-loss-lr-2.5e-4": BOLD,  # at a bolder rate, and then ...
     "full-classic-loss-target-2k": BOLD | {"TARGET_UPDATE": 2_000},  # fresher ...
     "full-classic-loss-memory-1M": BOLD | {"MEM_SIZE": 1_000_000},  # or more?
+    "full-memory-1M": FULL | {"MEM_SIZE": 1_000_000},  # do quantiles break away once nothing is forgotten?
     "full-lr-6.25e-5": FULL | {"LEARNING_RATE": 6.25e-5},  # do quantiles want the classic rate?
     "full-target-2k": FULL | {"TARGET_UPDATE": 2_000},  # does a fresher target pay in a short run?
     "full-epsilon-100k": FULL | {"EPS_DECAY": 100_000},  # does less exploration?
