@@ -17,7 +17,7 @@ python benchmarks/throughput.py $peers --rounds 2 --json "$out/throughput.json" 
 
 cd "$out/breakout" || exit
 start=$SECONDS
-python "$root/main.py" --MAX_STEPS=1_000_000 --EPS_DECAY=250_000 --EVALUATE_FREQ=250_000 2>&1 | tee log.txt || status=${status/#0/$?}
+python "$root/main.py" --MAX_STEPS=1_000_000 --EVALUATE_FREQ=250_000 2>&1 | tee log.txt || status=${status/#0/$?}
 echo "a million steps of Breakout took $((SECONDS - start)) s, evaluations included" | tee seconds.txt
 cat rewards.txt
 if grep -q 'CUDA graphs do not work here' "$out"/*.txt log.txt; then

@@ -47,6 +47,7 @@ class Run:
 
     directory: Path
     record: dict
+    arguments: list[str]  # of main.py, from the next start on
     child: subprocess.Popen | None = None
 
     def number(self, steps: int) -> int:
@@ -134,7 +135,7 @@ def resolve(arguments: list[str]) -> dict:
 def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
     """The run of `arguments`, as it stands or new. Raises ValueError, with a sentence, if another is in its place.
 
-    A run keeps the arguments it began with; only THREADS may differ.
+    Only THREADS may differ from what it began with, and holds from its next start on.
     """
     constants = resolve(arguments)
     directory = out / f"{recipe}-{constants['GAME']}-{constants['SEED']}"
@@ -143,7 +144,7 @@ def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
         for name, value in record["constants"].items():
             if name != "THREADS" and constants.get(name) != value:
                 raise ValueError(f"{directory} has {name} {value}, not {constants.get(name)}; choose another --out")
-        return Run(directory, record)
+        return Run(directory, record, arguments)
     if directory.exists():
         raise ValueError(f"{directory} is there already, without a learning.json; choose another --out")
     about = machine(utils_config.choose_device(constants["DEVICE"]))
@@ -151,7 +152,6 @@ def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
         "recipe": recipe,
         "game": constants["GAME"],
         "seed": constants["SEED"],
-        "arguments": arguments,
         "constants": constants,
         "hardware": ", ".join(filter(None, (about["cpu"], f"{about['cores']} cores", about.get("gpu")))),
         "reached": {},  # seconds of work after which each evaluation was there
@@ -159,7 +159,7 @@ def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
         "before": 0.0,  # and when main.py was last started,
         "started": 0.0,  # which was at this time
     }
-    return Run(directory, record)
+    return Run(directory, record, arguments)
 
 
 def train(runs: list[Run], jobs: int, done: Callable[[Run], None]) -> int:
@@ -202,7 +202,7 @@ def start(run: Run) -> Run:
     write(run.directory / "learning.json", json.dumps(run.record, indent=1))
     with open(run.directory / "log.txt", "a") as log:
         run.child = subprocess.Popen(
-            [sys.executable, ROOT / "main.py", *run.record["arguments"]],
+            [sys.executable, ROOT / "main.py", *run.arguments],
             cwd=run.directory,
             stdout=log,
             stderr=log,
