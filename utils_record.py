@@ -86,9 +86,9 @@ def claim(values: dict, stack: contextlib.ExitStack) -> Record:
 
 
 def changed(before: dict, now: dict) -> str:
-    """The first constant of a run that is not what it was, in words, or nothing."""
+    """The constants of a run that are not what they were, in words, or nothing."""
     names = [name for name in before | now if name not in FREE and before.get(name) != now.get(name)]
-    return f"{names[0]}={before.get(names[0])}, not {now.get(names[0])}" if names else ""
+    return ", and ".join(f"{name}={before.get(name)}, not {now.get(name)}" for name in names)
 
 
 def watch(model: Path) -> str:

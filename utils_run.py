@@ -105,8 +105,10 @@ class Run:
         self._clean()
         start = {"step": self._step, **describe_start(self._device, self._constants)}
         for last in self._record.starts[-1:]:
-            if change := [key for key in start.keys() - {"step", "time", "command"} if start[key] != last.get(key)]:
-                print(f"not bit for bit as before: this start differs in {', '.join(change)}", file=sys.stderr)
+            compared = {key: value for key, value in start.items() if key not in ("step", "time", "command")}
+            change = [f"{key} was {last.get(key)}, is {now}" for key, now in compared.items() if now != last.get(key)]
+            if change:
+                print(f"not bit for bit as before: {'; '.join(change)}", file=sys.stderr)
         self._record.starts.append(start)
         self._record.write()
         self._abort, self._resumed = False, True
