@@ -17,8 +17,8 @@ BOLD = FULL | {"QUANTILES": 1, "LEARNING_RATE": 2.5e-4}
 
 RECIPES = {  # name: the constants of main.py that it changes, and the question it is to answer
     "shipped": {},  # what do the defaults reach?
-    "shipped-update-8": {"POLICY_UPDATE": 8},  # is half the work enough ...
-    "shipped-update-16": {"POLICY_UPDATE": 16},  # ... or a quarter?
+    "update-4": {"POLICY_UPDATE": 4},  # do twice as many updates, as is usual, bring more ...
+    "update-16": {"POLICY_UPDATE": 16},  # ... or is half of them enough?
     "classic-uniform": CLASSIC,  # at least 19.0 on Breakout at 800k steps?
     "classic-prioritized": PRIORITIZED,  # never below uniform, per step and per minute?
     "prioritized-alpha-0.6": PRIORITIZED | {"ALPHA": 0.6},  # stronger priorities, as Schaul et al. 2016?
