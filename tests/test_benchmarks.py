@@ -12,8 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import main
+from utils_drl import Agent
 
 BENCHMARKS = Path(main.__file__).parent / "benchmarks"
 LEARNER = {
@@ -291,3 +293,18 @@ def test_the_interval_of_many_values_is_that_of_their_normal_mean(benchmark):
     error = 1.96 * values.std() / 20
     assert low == pytest.approx(values.mean() - error, abs=0.02)
     assert high == pytest.approx(values.mean() + error, abs=0.02)
+
+
+def test_wear_sees_silent_units_and_lost_dimensions(benchmark, monkeypatch, tmp_path):
+    wear = benchmark("wear")
+    monkeypatch.setattr(wear, "STEPS", 20)
+    agent = Agent(4)
+    agent.save(tmp_path / "fresh", game="breakout", frame_skip=4)
+    with torch.no_grad():
+        agent.policy.hidden.weight[8:] = 0  # and their biases are 0: only eight units are left
+    agent.save(tmp_path / "worn", game="breakout", frame_skip=4)
+    fresh, worn = wear.wear(tmp_path / "fresh"), wear.wear(tmp_path / "worn")
+    assert worn["dormant"] >= 504 / 512 > fresh["dormant"]
+    assert worn["rank"] <= 8 < fresh["rank"]
+    assert worn["hidden"] < fresh["hidden"]
+    assert worn["conv3"] == fresh["conv3"]
