@@ -261,8 +261,8 @@ class PrioritizedReplayMemory(ReplayMemory):
         # What a push changes, counted from the row after it: the row whose stack it broke and the one it made whole.
         retired, ready = ((row * num_envs + self._row) for row in (self.stack_size - 2 - self.rows, -self.n_step - 1))
         self._changed = torch.cat([retired, ready])
-        self._new_priorities = torch.tensor([0.0, (1.0 + 0.01) ** alpha], dtype=torch.float64, device=self.device)
-        self._new_priorities = self._new_priorities.repeat_interleave(num_envs)
+        priorities = torch.tensor([0.0, (1.0 + 0.01) ** alpha], dtype=torch.float64, device=self.device)
+        self._new_priorities = priorities.repeat_interleave(num_envs)
 
     @staticmethod
     def needed_bytes(capacity: int, num_envs: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:

@@ -198,7 +198,8 @@ def train(runs: list[Run], jobs: int, done: Callable[[Run], None]) -> int:
 def start(run: Run) -> Run:
     """Start main.py, for the first time or again, in a session of its own, so that a Ctrl-C reaches it only once."""
     run.directory.mkdir(parents=True, exist_ok=True)
-    run.record |= {"before": run.record["clock"], "started": time.time()}
+    constants = resolve(run.arguments)
+    run.record |= {"constants": constants, "before": run.record["clock"], "started": time.time()}
     write(run.directory / "learning.json", json.dumps(run.record, indent=1))
     with open(run.directory / "log.txt", "a") as log:
         run.child = subprocess.Popen(

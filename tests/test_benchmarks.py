@@ -171,6 +171,7 @@ rows(1, 2)
     second = record(tmp_path, "shipped-breakout-0")
     assert {number: second["reached"][number] for number in ("0", "1")} == first["reached"]
     assert first["clock"] + 0.5 < second["reached"]["2"] < first["clock"] + 2
+    assert (first["constants"]["THREADS"], second["constants"]["THREADS"]) == (2, 3)
     arguments = (tmp_path / "runs" / "shipped-breakout-0" / "arguments").read_text().splitlines()
     assert len(arguments) == 2
     assert arguments[0].replace("THREADS=2", "THREADS=3") == arguments[1]
