@@ -19,6 +19,7 @@ RECIPES = {  # name: the constants of main.py that it changes, and the question 
     "shipped": {},  # what do the defaults reach?
     "update-4": {"POLICY_UPDATE": 4},  # do twice as many updates, as is usual, bring more ...
     "update-16": {"POLICY_UPDATE": 16},  # ... or is half of them enough?
+    "shipped-quantiles": QUANTILES,  # do quantiles, slow in their first 400k steps, go on where others stand still?
     "classic-uniform": CLASSIC,  # at least 19.0 on Breakout at 800k steps?
     "classic-prioritized": PRIORITIZED,  # never below uniform, per step and per minute?
     "prioritized-alpha-0.6": PRIORITIZED | {"ALPHA": 0.6},  # stronger priorities, as Schaul et al. 2016?
