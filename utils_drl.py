@@ -43,12 +43,10 @@ def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
     """
     shape = *values.shape, targets.shape[1]  # [B, value, target]
     values, targets = values[:, :, None].expand(shape), targets[:, None, :].expand(shape)
-    # Twice the fractions (2i + 1) / 2q, over the number q of targets, so that the mean over these is a sum.
     quantiles = shape[1]
-    least, most = 1 / quantiles**2, (2 * quantiles - 1) / quantiles**2
-    above = torch.linspace(least, most, quantiles, dtype=values.dtype, device=values.device)[:, None]
-    slope = torch.where(targets < values, 2 / quantiles - above, above)
-    return (slope * F.smooth_l1_loss(values, targets, reduction="none")).sum((1, 2))
+    above = torch.linspace(1 / quantiles, 2 - 1 / quantiles, quantiles, dtype=values.dtype, device=values.device)
+    slope = torch.where(targets < values, 2 - above[:, None], above[:, None])  # twice the fractions (2i + 1) / 2q
+    return (slope * F.smooth_l1_loss(values, targets, reduction="none")).mean(2).sum(1)
 
 
 class CudaGraph:

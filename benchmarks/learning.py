@@ -108,6 +108,8 @@ def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
             raise ValueError(f"{name} is set by --games, --seeds, --steps, --every and --out")
     if wrong := [steps for steps in asked.at if steps % asked.every or not 0 <= steps <= asked.steps]:
         raise ValueError(f"--at {wrong[0]}: there is an evaluation every {asked.every} steps up to {asked.steps}")
+    if len(dict(asked.until)) < len(asked.until):
+        raise ValueError("--until: one score per game, please")
     if asked.jobs > 1:
         constants = ["--THREADS=1", *constants]
     runs = []
@@ -135,7 +137,7 @@ def resolve(arguments: list[str]) -> dict:
 def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
     """The run of `arguments`, as it stands or new. Raises ValueError, with a sentence, if another is in its place.
 
-    Only THREADS may differ from what it began with, and holds from its next start on.
+    Only THREADS may be another than before: a start has the number given last, and the record tells that of the last.
     """
     constants = resolve(arguments)
     directory = out / f"{recipe}-{constants['GAME']}-{constants['SEED']}"

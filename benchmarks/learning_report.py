@@ -46,7 +46,7 @@ def report(out: Path, until: dict[str, float], summary: Path) -> None:
     for (game, steps, recipe), results in sorted(strict.items()):
         scores, greedier, minutes, hardware = zip(*results, strict=True)
         scores, minutes = np.array(scores), np.mean(minutes)  # [seeds, games]
-        mean, (low, high) = scores.mean(), interval(scores.mean(1) if len(scores) > 1 else scores[0])
+        mean, (low, high) = scores.mean(), interval(scores)
         random, human = HUMAN.get(game, (np.nan, np.nan))
         cells = [game, f"{steps:,}", recipe, len(scores), f"{mean:.1f}", f"{low:.1f} to {high:.1f}"]
         cells += [f"{np.median(scores):.1f}", f"{(mean - random) / (human - random):.2f}"]
@@ -70,10 +70,14 @@ def rewards(directory: Path) -> list[tuple[int, int, float]]:
     return [(int(number), int(step), float(score)) for number, step, score in rows]
 
 
-def interval(values: np.ndarray) -> np.ndarray:
-    """The bootstrap's 95% interval of the mean of `values`: the seeds' means or, of a single seed, its games."""
-    draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
-    return np.percentile(draws.mean(1), [2.5, 97.5])
+def interval(scores: np.ndarray) -> np.ndarray:
+    """The bootstrap's 95% interval of the mean of `scores` [seeds, games]: seeds are drawn, and then games of each.
+
+    So a single seed's interval tells of its games only, and that of two or three is still rather too narrow.
+    """
+    rng, (seeds, games) = np.random.default_rng(0), scores.shape
+    drawn = rng.integers(seeds, size=(10_000, seeds, 1)), rng.integers(games, size=(10_000, seeds, games))
+    return np.percentile(scores[drawn].mean((1, 2)), [2.5, 97.5])
 
 
 def when(curve: list[tuple], score: float) -> tuple[float, float]:

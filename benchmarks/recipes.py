@@ -18,7 +18,7 @@ BOLD = FULL | {"QUANTILES": 1, "LEARNING_RATE": 2.5e-4}
 RECIPES = {  # name: the constants of main.py that it changes, and the question it is to answer
     "shipped": {},  # what do the defaults reach?
     "update-4": {"POLICY_UPDATE": 4},  # do twice as many updates, as is usual, bring more ...
-    "update-16": {"POLICY_UPDATE": 16},  # ... or is half of them enough?
+    "update-16": {"POLICY_UPDATE": 16},  # ... or are half as many enough?
     "shipped-quantiles": QUANTILES,  # do quantiles, slow in their first 400k steps, go on where others stand still?
     "classic-uniform": CLASSIC,  # at least 19.0 on Breakout at 800k steps?
     "classic-prioritized": PRIORITIZED,  # never below uniform, per step and per minute?
@@ -39,9 +39,8 @@ RECIPES = {  # name: the constants of main.py that it changes, and the question 
     "full-uniform": FULL | {"PRIORITIZED": False},  # ... and what is lost without priorities ...
     "full-one-step": FULL | {"N_STEP": 1},  # ... without the longer returns ...
     "full-classic-loss": FULL | {"QUANTILES": 1, "LEARNING_RATE": 6.25e-5},  # ... without quantiles ...
-    "full-classic-loss-lr-2.5e-4": BOLD,  # at a bolder rate, and then ...
-    "full-classic-loss-target-2k": BOLD | {"TARGET_UPDATE": 2_000},  # fresher ...
-    "full-classic-loss-memory-1M": BOLD | {"MEM_SIZE": 1_000_000},  # or more?
+    "full-classic-loss-lr-2.5e-4": BOLD,  # at a bolder rate, and then with a fresher target?
+    "full-classic-loss-target-2k": BOLD | {"TARGET_UPDATE": 2_000},
     "full-memory-1M": FULL | {"MEM_SIZE": 1_000_000},  # do quantiles break away once nothing is forgotten?
     "full-lr-6.25e-5": FULL | {"LEARNING_RATE": 6.25e-5},  # do quantiles want the classic rate?
     "full-target-2k": FULL | {"TARGET_UPDATE": 2_000},  # does a fresher target pay in a short run?

@@ -1,10 +1,12 @@
 """Storing and learning where nothing can be read: on torch's meta device, whose tensors are shapes without numbers.
 
-A GPU is worth its price only if the host never waits for it. On the meta device every such wait is an error (reading a
-number, a shape that depends on numbers), and so is here an operation on tensors of two devices, which on a GPU is an
-error or a wait. This is what can be shown of the CUDA path without a GPU; test_gpu.py shows the rest.
+A GPU is worth its price only if the host never waits for it. On the meta device it is an error to read a number or to
+make a shape that depends on numbers, and so is here an operation on tensors of two devices, which on a GPU is an error
+or a wait, and while storing and learning an upload, which would wait too (of `torch.tensor` no mode is told). This is
+what can be shown of the CUDA path without a GPU; acting, graphs and the fused optimizer are for test_gpu.py.
 """
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,12 +22,18 @@ META = torch.device("meta")
 
 
 class OneDevice(TorchDispatchMode):
-    """Allows operations only among tensors of one device; uploads have a tensor of the host alone."""
+    """Allows operations only among tensors of one device, and from one device to another only where `uploads` are."""
+
+    def __init__(self, uploads: bool = False):
+        super().__init__()
+        self.uploads = uploads
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        devices = {leaf.device.type for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+        result = operation(*args, **kwargs or {})
+        places = (args, kwargs) if self.uploads else (args, kwargs, result)
+        devices = {leaf.device.type for leaf in tree_leaves(places) if isinstance(leaf, torch.Tensor)}
         assert len(devices) <= 1, f"{operation} works on tensors of {devices}"
-        return operation(*args, **kwargs or {})
+        return result
 
 
 class HostGenerator(torch.Generator):
@@ -62,15 +70,16 @@ def test_an_iteration_neither_waits_for_the_device_nor_mixes_devices(monkeypatch
     monkeypatch.setattr(utils_memory, "SumTree", lambda capacity, device: SumTree(capacity, device, scan=scan))
     env = AtariEnv("breakout", 4, META, num_threads=1)
     agent, memory = Agent(4, META, **options), kind(100, 4, n_step=3, device=META)
-    with OneDevice():
+    with OneDevice(uploads=True):
         states, row = env.reset(0)
-        memory.push(row)
-        for number in range(10):
-            env.send([number % 4] * 4)
+    for number in range(10):
+        with OneDevice():
+            memory.push(row)
             if number > 5:
                 loss = agent.learn(memory, 8, 2)
-            states, row = env.recv()
-            memory.push(row)
+        with OneDevice(uploads=True):
+            states, row = env.step([number % 4] * 4)
+    with OneDevice():
         agent.sync()
         best = agent.values(states).argmax(1)
     assert (best.shape, best.device.type, loss.shape, loss.device.type) == ((4,), "meta", (), "meta")
@@ -82,6 +91,14 @@ def test_waits_are_told(read):
         read(torch.ones((), device=META))
 
 
-def test_mixtures_are_told():
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda: torch.ones(3, device=META)[torch.arange(2)].add_(1),
+        lambda: torch.ones(3).to(META),
+        lambda: torch.as_tensor(np.ones(3)).to(META),
+    ],
+)
+def test_mixtures_and_uploads_are_told(mix):
     with OneDevice(), pytest.raises(AssertionError, match="works on tensors of"):
-        torch.ones(3, device=META)[torch.arange(2)] += 1
+        mix()
