@@ -1,11 +1,12 @@
 """Where the time goes: emulators, learner, memory and the whole loop, measured in one run.
 
-    python benchmarks/throughput.py [--peers] [--json FILE] [--rounds N] [--CONSTANT=value ...]
+    python benchmarks/throughput.py [--recipe NAME] [--peers] [--json FILE] [--rounds N] [--CONSTANT=value ...]
 
 Every part is measured once per round, the parts in turn, so that a machine whose speed wanders troubles all alike. The
-table gives medians over the rounds with the smallest and largest. What is measured is the classic recipe, with each
-CONSTANT that is given. `--peers` adds Stable-Baselines3's DQN doing the same work (pip install -r
-benchmarks/requirements.txt): Breakout, an update of 32 every 4 steps, the same threads.
+table gives medians over the rounds with the smallest and largest. What is measured is the classic recipe or another of
+recipes.py (`--recipe shipped` are the defaults), with each CONSTANT that is given. `--peers` adds Stable-Baselines3's
+DQN doing the work of the classic one (pip install -r benchmarks/requirements.txt): Breakout, an update of 32 every 4
+steps, the same threads.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from recipes import CLASSIC
+from recipes import RECIPES
 
 import main
 import utils_config
@@ -43,12 +44,13 @@ WINDOW = 6.0  # seconds of each measurement
 def bench() -> None:
     """Measure everything, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", choices=RECIPES, default="classic-uniform", metavar="NAME")
     parser.add_argument("--peers", action="store_true", help="measure Stable-Baselines3 too")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part (default 3)")
     arguments, overrides = parser.parse_known_args()
     constants = vars(main)
-    constants.update(CLASSIC)
+    constants.update(RECIPES[arguments.recipe])
     utils_config.override(constants, overrides)
     utils_config.check(constants)
     device = utils_config.choose_device(main.DEVICE)
@@ -278,6 +280,7 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
             for name, values in rates.items()
         }
         figures |= {"ratios": ratios, "memory_microseconds": memories, "machine": about}
+        figures["constants"] = {name: getattr(main, name) for name in utils_config.constants(vars(main))}
         Path(path).write_text(json.dumps(figures, indent=2) + "\n")
 
 
