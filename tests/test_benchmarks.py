@@ -12,10 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 import main
-from utils_drl import Agent
 
 BENCHMARKS = Path(main.__file__).parent / "benchmarks"
 LEARNER = {
@@ -304,18 +302,3 @@ def test_the_interval_knows_the_spread_of_games_and_of_seeds(benchmark, seeds, g
     variance = scores.mean(1).var() / seeds + scores.var(1).mean() / (seeds * games)
     assert low == pytest.approx(scores.mean() - 1.96 * variance**0.5, abs=0.05)
     assert high == pytest.approx(scores.mean() + 1.96 * variance**0.5, abs=0.05)
-
-
-def test_wear_sees_silent_units_and_lost_dimensions(benchmark, monkeypatch, tmp_path):
-    wear = benchmark("wear")
-    monkeypatch.setattr(wear, "STEPS", 20)
-    agent = Agent(4)
-    agent.save(tmp_path / "fresh", game="breakout", frame_skip=4)
-    with torch.no_grad():
-        agent.policy.hidden.weight[8:] = 0  # and their biases are 0: only eight units are left
-    agent.save(tmp_path / "worn", game="breakout", frame_skip=4)
-    fresh, worn = wear.wear(tmp_path / "fresh"), wear.wear(tmp_path / "worn")
-    assert worn["dormant"] >= 504 / 512 > fresh["dormant"]
-    assert worn["rank"] <= 8 < fresh["rank"]
-    assert worn["hidden"] < fresh["hidden"]
-    assert worn["conv3"] == fresh["conv3"]
