@@ -162,6 +162,7 @@ class Agent:
         double_dqn: bool = False,
         dueling: bool = False,
         quantiles: int = 1,
+        layer_norm: bool = False,
         dtype: torch.dtype = torch.float32,
         graphs: bool = True,
         seed: int = 0,
@@ -169,6 +170,7 @@ class Agent:
         self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
+        self.shape["layer_norm"] = layer_norm
         self._use_graphs = graphs and self.device.type == "cuda"
         self._dtype = dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -383,7 +385,7 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
                 raise ValueError(f"its part {damaged} is damaged")
         saved = torch.load(path, map_location=device, weights_only=True)
         weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
-        return saved["about"], saved["shape"], weights
+        return saved["about"], {"layer_norm": False} | saved["shape"], weights  # models from before there were norms
     except OSError:
         raise
     except Exception as error:  # a damaged file raises any of a dozen kinds

@@ -1,4 +1,4 @@
-"""DQN: the network of Mnih et al. 2015, with the dueling head of Wang et al. 2016 and quantiles as options."""
+"""DQN: the network of Mnih et al. 2015; options are the dueling head of Wang et al. 2016, quantiles and layer norms."""
 
 import torch
 import torch.nn as nn
@@ -19,8 +19,12 @@ def pixels(states: Tensor, dtype: torch.dtype) -> Tensor:
 class DQN(nn.Module):
     """Three convolutions without bias, one hidden layer, and `quantiles` values for each action.
 
-    `dtype` is the arithmetic of the convolutions and the hidden layer, and their parameters are stored in it; the
-    output layer is float32, or float64 when `dtype` is. The weights of the convolutions lie channels last in memory.
+    `dtype` is the arithmetic of the convolutions and the hidden layer, and their parameters are stored in it; what
+    follows is float32, or float64 when `dtype` is. The weights of the convolutions lie channels last in memory.
+
+    With `layer_norm` what enters the hidden layer, and its units before the rectifier, are normalised state by state
+    (Ba et al. 2016). The scale of the weights before a norm says nothing then but how fast they learn, so they start
+    with PyTorch's own, 0.4 of Kaiming's.
     """
 
     def __init__(
@@ -30,24 +34,28 @@ class DQN(nn.Module):
         stack_size: int = 4,
         dueling: bool = False,
         quantiles: int = 1,
+        layer_norm: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        self.action_dim, self.quantiles, self.dueling = action_dim, quantiles, dueling
+        self.action_dim, self.quantiles, self.dueling, self.layer_norm = action_dim, quantiles, dueling, layer_norm
         self.conv1 = nn.Conv2d(stack_size, 32, kernel_size=8, stride=4, bias=False)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=4, stride=2, bias=False)
         self.conv3 = nn.Conv2d(64, 64, kernel_size=3, stride=1, bias=False)
         side = (((FRAME_SHAPE[0] - 8) // 4 + 1 - 4) // 2 + 1) - 2  # 84 -> 20 -> 9 -> 7
         self.hidden = nn.Linear(64 * side * side, 512)
+        self.norm = nn.LayerNorm(512) if layer_norm else None
         self.output = nn.Linear(512, action_dim * quantiles)  # the advantages, when dueling
         if dueling:
             self.value_hidden = nn.Linear(64 * side * side, 512)
+            self.value_norm = nn.LayerNorm(512) if layer_norm else None
             self.value_output = nn.Linear(512, quantiles)
         for name, layer in self.named_children():
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-            exact = name.endswith("output") and dtype == torch.bfloat16
+            if not layer_norm:
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+            exact = name.endswith(("output", "norm")) and dtype == torch.bfloat16
             layer.to(dtype=torch.float32 if exact else dtype, memory_format=torch.channels_last)
 
     def forward(self, states: Tensor) -> Tensor:
@@ -57,11 +65,14 @@ class DQN(nn.Module):
             x = F.relu(convolution(x))
         # Without biases the scale of the pixels passes through to here, where there is the least to multiply.
         x = (x / 255).permute(0, 2, 3, 1).flatten(1)  # in the order it lies in memory, or backward would go astray
-        values = self._head(x, self.hidden, self.output).unflatten(1, (self.action_dim, self.quantiles))
+        if self.layer_norm:
+            x = F.layer_norm(x, x.shape[1:])
+        values = self._head(x, self.hidden, self.norm, self.output).unflatten(1, (self.action_dim, self.quantiles))
         if self.dueling:
-            state_value = self._head(x, self.value_hidden, self.value_output).unsqueeze(1)
+            state_value = self._head(x, self.value_hidden, self.value_norm, self.value_output).unsqueeze(1)
             values = state_value + values - values.mean(1, keepdim=True)
         return values
 
-    def _head(self, x: Tensor, hidden: nn.Linear, output: nn.Linear) -> Tensor:
-        return output(F.relu(hidden(x)).to(output.weight.dtype))
+    def _head(self, x: Tensor, hidden: nn.Linear, norm: nn.LayerNorm | None, output: nn.Linear) -> Tensor:
+        x = hidden(x).to(output.weight.dtype)
+        return output(F.relu(x if norm is None else norm(x)))

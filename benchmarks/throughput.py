@@ -221,6 +221,7 @@ def make_agent(device: torch.device) -> Agent:
         stack_size=main.STACK_SIZE,
         double_dqn=main.DOUBLE_DQN,
         dueling=main.DUELING,
+        layer_norm=main.LAYER_NORM,
         quantiles=main.QUANTILES,
         dtype=utils_config.choose_dtype(main.PRECISION, device),
         graphs=main.CUDA_GRAPHS,

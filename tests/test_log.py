@@ -356,7 +356,14 @@ def test_ticks_are_round_numbers_in_the_range(first, last, marks):
 
 def test_the_picture_is_headed_by_the_game_how_it_was_measured_and_the_options_that_are_on():
     constants = {**vars(main), "GAME": "ALE/Pong-v5", "EVAL_EPISODES": 7, "EVAL_EPS": 0.01, "SEED": 3}
-    constants |= {"PRIORITIZED": False, "DOUBLE_DQN": True, "DUELING": False, "N_STEP": 3, "QUANTILES": 1}
+    constants |= {
+        "PRIORITIZED": False,
+        "DOUBLE_DQN": True,
+        "DUELING": False,
+        "N_STEP": 3,
+        "QUANTILES": 1,
+        "LAYER_NORM": False,
+    }
     assert heading(constants) == "pong: 7 games per evaluation, epsilon 0.01\nDOUBLE_DQN, N_STEP=3, SEED=3"
 
 

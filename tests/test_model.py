@@ -18,9 +18,13 @@ SHAPES = {
     "output.bias": (6,),
 }
 VARIANTS = [
-    pytest.param({"dueling": dueling, "quantiles": quantiles}, id=f"{'dueling' if dueling else 'plain'}-q{quantiles}")
+    pytest.param(
+        {"dueling": dueling, "quantiles": quantiles, "layer_norm": layer_norm},
+        id=f"{'dueling' if dueling else 'plain'}-q{quantiles}{'-normed' if layer_norm else ''}",
+    )
     for dueling in (False, True)
     for quantiles in (1, 5)
+    for layer_norm in (False, True)
 ]
 
 
@@ -70,10 +74,19 @@ def body(p, states, rounded=same):
     return x.permute(0, 2, 3, 1).flatten(1)
 
 
+def normalise(x):
+    x = x - x.mean(1, keepdim=True)
+    return x / (x.square().mean(1, keepdim=True) + 1e-5).sqrt()
+
+
 def head(p, features, prefix="", rounded=same):
-    hidden, output = f"{prefix}hidden", f"{prefix}output"
-    x = F.relu(rounded(F.linear(features, rounded(p[f"{hidden}.weight"]), rounded(p[f"{hidden}.bias"]))))
-    return F.linear(x, p[f"{output}.weight"], p[f"{output}.bias"])
+    hidden, norm, output = f"{prefix}hidden", f"{prefix}norm", f"{prefix}output"
+    if normed := f"{norm}.weight" in p:
+        features = rounded(normalise(features))
+    x = rounded(F.linear(features, rounded(p[f"{hidden}.weight"]), rounded(p[f"{hidden}.bias"])))
+    if normed:
+        x = normalise(x) * p[f"{norm}.weight"] + p[f"{norm}.bias"]
+    return F.linear(F.relu(x), p[f"{output}.weight"], p[f"{output}.bias"])
 
 
 def forward(p, states, quantiles, rounded=same):
@@ -127,6 +140,24 @@ def test_quantiles_widen_the_output_layers_only():
         "value_output.weight": (5, 512),
         "value_output.bias": (5,),
     }
+
+
+def test_norms_have_a_scale_and_a_shift_for_every_hidden_unit():
+    shapes = {name: tuple(value.shape) for name, value in DQN(6, dueling=True, layer_norm=True).state_dict().items()}
+    plain = {name: tuple(value.shape) for name, value in DQN(6, dueling=True).state_dict().items()}
+    norms = ("norm.weight", "norm.bias", "value_norm.weight", "value_norm.bias")
+    assert shapes == plain | dict.fromkeys(norms, (512,))
+
+
+def test_with_norms_the_scale_of_what_is_before_them_does_not_matter():
+    model = make(dueling=True, layer_norm=True)
+    before = model(make_states(3))
+    with torch.no_grad():
+        for layer in (model.conv1, model.conv3, model.hidden, model.value_hidden):
+            layer.weight *= 3
+        model.hidden.bias *= 3
+        model.value_hidden.bias *= 3
+    torch.testing.assert_close(model(make_states(3)), before, rtol=0, atol=1e-4)  # but for the norms' own epsilon
 
 
 @pytest.mark.parametrize("stack_size", [1, 3, 4])
@@ -229,7 +260,7 @@ def test_bfloat16_body_stays_near_float32_and_keeps_a_float32_output(options):
     exact = make(dtype=torch.float32, **options)
     model = make(dtype=torch.bfloat16, **options)
     for name, parameter in model.named_parameters():
-        assert parameter.dtype == (torch.float32 if "output" in name else torch.bfloat16), name
+        assert parameter.dtype == (torch.float32 if "output" in name or "norm" in name else torch.bfloat16), name
     with torch.no_grad():
         values, expected = model(make_states(16)), exact(make_states(16))
     assert values.dtype == torch.float32
@@ -258,7 +289,7 @@ def test_bfloat16_gradients_are_off_by_no_more_than_the_rounding_of_each_layer(o
             (g[name].float() - exact[name]).norm() / exact[name].norm() for g in ({name: gradient}, reference)
         )
         assert allowed < 0.07, name
-        assert error < 1.5 * allowed + 2**-10, (name, error.item(), allowed.item())
+        assert error < 2 * allowed + 2**-10, (name, error.item(), allowed.item())
 
 
 def test_two_quantiles_of_an_action_are_neighbouring_rows_of_the_output_layer():
@@ -287,6 +318,14 @@ def test_weights_start_with_the_spread_of_kaiming_for_rectifiers():
         if name.endswith("weight") and "output" not in name:
             ratio = value.std().item() / (2 / value[0].numel()) ** 0.5
             assert 0.9 < ratio < 1.1, (name, ratio)
+
+
+def test_with_norms_weights_start_smaller():
+    torch.manual_seed(0)
+    for name, value in DQN(18, dueling=True, layer_norm=True).state_dict().items():
+        if name.endswith("weight") and "norm" not in name and "output" not in name:
+            ratio = value.std().item() / (2 / value[0].numel()) ** 0.5
+            assert 0.35 < ratio < 0.45, (name, ratio)
 
 
 def test_the_seed_decides_the_first_parameters():
