@@ -12,8 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import main
+from utils_drl import Agent
+from utils_env import AtariEnv
+from utils_memory import ReplayMemory
 
 BENCHMARKS = Path(main.__file__).parent / "benchmarks"
 LEARNER = {
@@ -302,3 +306,47 @@ def test_the_interval_knows_the_spread_of_games_and_of_seeds(benchmark, seeds, g
     variance = scores.mean(1).var() / seeds + scores.var(1).mean() / (seeds * games)
     assert low == pytest.approx(scores.mean() - 1.96 * variance**0.5, abs=0.05)
     assert high == pytest.approx(scores.mean() + 1.96 * variance**0.5, abs=0.05)
+
+
+def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_teach_more(
+    benchmark, monkeypatch, tmp_path, capsys
+):
+    fit = benchmark("fit")
+    monkeypatch.chdir(tmp_path)
+    small = LEARNER | MACHINE | {"MAX_STEPS": 400, "EVALUATE_FREQ": 400, "CHECKPOINT_FREQ": 200, "N_STEP": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(main, name, value)
+    main.main()
+    monkeypatch.setattr(fit, "AFTER", (1,))
+    monkeypatch.setattr(fit, "TEST", 200)
+    models = tmp_path / "models"
+    files = [str(models / "checkpoint_0000000200"), str(models / "model_001")]
+    command = ["fit.py", *files, "--recipes", "shipped", "layer-norm", "--updates=60", "--BATCH_SIZE=16"]
+    monkeypatch.setattr(sys, "argv", command)
+    fit.bench()
+    heading, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert heading == ["updates", "1", "60"]
+    assert [row[0] for row in rows] == ["shipped", "layer-norm"]
+    assert all(float(last) < float(first) for _, first, last in rows)
+
+
+def test_a_lesson_is_worth_what_the_teacher_says_and_nothing_follows(benchmark):
+    fit = benchmark("fit")
+    memory = ReplayMemory(100, 2, n_step=2, gamma=0.5)
+    env = AtariEnv("breakout", 2, num_threads=1)
+    memory.push(env.reset(0)[1])
+    for step in range(20):
+        memory.push(env.step([step % 4] * 2)[1])
+    teacher = Agent(4, seed=1)
+    memory.reseed(3)
+    plain = memory.sample(8, 2)
+    memory.reseed(3)
+    lesson = fit.Lesson(memory, teacher).sample(8, 2)
+    assert torch.equal(lesson.indices, plain.indices)
+    assert not lesson.discounts.any()
+    expected = plain.returns + plain.discounts * teacher.values(plain.next_states).max(1).values
+    torch.testing.assert_close(lesson.returns, expected)
+    perfect = Agent(4, seed=1)
+    targets = lesson._replace(returns=perfect.values(plain.states).gather(1, plain.actions[:, None]).squeeze(1))
+    assert fit.unexplained(perfect, targets) == pytest.approx(0.0, abs=1e-6)
+    assert fit.unexplained(Agent(4, seed=2), targets) > 0.1

@@ -1,0 +1,120 @@
+"""How fast a network learns: the regression inside Q-learning, without the rest of it.
+
+    python benchmarks/fit.py CHECKPOINT MODEL [--recipes NAME ...] [--updates N] [--CONSTANT=value ...]
+
+The network of MODEL gives the transitions in the replay memory of CHECKPOINT their TD targets, once and for all. For
+each recipe a new network learns them with the agent's own learning step, from batches drawn uniformly, and a row tells
+how much of the targets' variance it has left unexplained on 2,048 other draws as it goes on. That takes a minute where
+a run takes an hour, and the memory is the same for all; of what a moving target does to learning it says nothing.
+CHECKPOINT and MODEL are files of one run, of any game.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from learning import flags, resolve
+from recipes import RECIPES
+
+import utils_config
+from utils_drl import Agent, read_model, td_targets, values_of
+from utils_memory import ReplayMemory
+from utils_types import Batch
+
+AFTER = (250, 500, 1_000, 2_000, 3_000, 5_000, 10_000, 20_000, 50_000, 100_000)  # updates
+TEST, PART, TURN = 2_048, 256, 4  # draws to test with, states valued at a time, updates between looks
+
+
+class Lesson:
+    """A memory whose transitions are worth what a teacher says: that is their return, and nothing follows."""
+
+    def __init__(self, memory: ReplayMemory, teacher: Agent):
+        self._memory, self._teacher = memory, teacher
+        self.device, self.generator = memory.device, memory.generator
+
+    def sample(self, batch_size: int, batches: int = 1) -> Batch:
+        """As of the memory, with fixed targets."""
+        batch = self._memory.sample(batch_size, batches)
+        values = in_parts(self._teacher, batch.next_states)
+        targets = td_targets(batch, values, values).squeeze(1)
+        return batch._replace(returns=targets, discounts=torch.zeros_like(batch.discounts))
+
+    def update_priorities(self, indices: Tensor, td_errors: Tensor) -> None:
+        """There are none."""
+
+
+def in_parts(agent: Agent, states: Tensor) -> Tensor:
+    """The agent's Q values [B, A, 1] of `states` [B, S, H, W]."""
+    return torch.cat([agent.values(part) for part in states.split(PART)]).unsqueeze(2)
+
+
+def unexplained(agent: Agent, test: Batch) -> float:
+    """The share of the targets' variance that the agent's Q values leave."""
+    values = values_of(test.actions, in_parts(agent, test.states)).squeeze(1)
+    return ((values - test.returns).square().mean() / test.returns.var()).item()
+
+
+def bench() -> None:
+    """Fit each recipe and print its row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["shipped"], metavar="NAME")
+    parser.add_argument("--updates", type=int, default=3_000, help="of each recipe (default 3,000)")
+    asked, overrides = parser.parse_known_args()
+    try:
+        machine = resolve(overrides)
+    except utils_config.ConfigError as error:
+        parser.error(str(error))
+    device = utils_config.choose_device(machine["DEVICE"])
+    dtype = utils_config.prepare(device, machine["PRECISION"], machine["THREADS"])
+
+    saved = torch.load(asked.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    run = saved["constants"]
+    sizes = {"stack_size": run["STACK_SIZE"], "n_step": run["N_STEP"], "gamma": run["GAMMA"]}
+    memory = ReplayMemory(run["MEM_SIZE"], run["NUM_ENVS"], **sizes, device=device)
+    memory.load_state_dict(saved["memory"])
+    del saved
+    teacher = Agent(device=device, dtype=dtype, graphs=False, **read_model(asked.model)[1])
+    teacher.load(asked.model)
+    lesson = Lesson(memory, teacher)
+    memory.reseed([machine["SEED"], 0])
+    test = lesson.sample(TEST)
+
+    stops = sorted({stop for stop in AFTER if stop < asked.updates} | {asked.updates})
+    width = max(map(len, asked.recipes))
+    print(f"{'updates':{width}}" + "".join(f"{stop:8,}" for stop in stops))
+    for recipe in asked.recipes:
+        constants = resolve([*flags(RECIPES[recipe]), *overrides])
+        agent = Agent(
+            teacher.action_dim,
+            device,
+            stack_size=run["STACK_SIZE"],
+            learning_rate=constants["LEARNING_RATE"],
+            adam_eps=constants["ADAM_EPS"],
+            dueling=constants["DUELING"],
+            layer_norm=constants["LAYER_NORM"],
+            quantiles=constants["QUANTILES"],
+            dtype=dtype,
+            graphs=constants["CUDA_GRAPHS"],
+            seed=constants["SEED"],
+        )
+        memory.reseed([constants["SEED"], 1])
+        print(f"{recipe:{width}}", end="", flush=True)
+        done = 0
+        for stop in stops:
+            while done < stop:
+                turn = min(TURN, stop - done)
+                agent.learn(lesson, constants["BATCH_SIZE"], turn)
+                done += turn
+            print(f"{unexplained(agent, test):8.2f}", end="", flush=True)
+        print()
+
+
+if __name__ == "__main__":
+    bench()
