@@ -47,7 +47,7 @@ BETA_START: float = 0.4  # how far importance weights correct for it at first; 1
 DOUBLE_DQN: bool = True  # the policy network chooses the action that the target network values
 DUELING: bool = False  # separate streams for the state's value and the actions' advantages
 N_STEP: int = 3  # rewards summed before bootstrapping
-LAYER_NORM: bool = False  # normalise what enters the hidden layer, and its units (Ba et al. 2016)
+LAYER_NORM: bool = False  # normalise what enters the hidden layer and its units; with ADAM_EPS 1e-8 ahead at first
 QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's, 1 is the classic loss
 
 # Measuring

@@ -31,6 +31,7 @@ TINY = {
     "DEVICE": "cpu",
     "PRIORITIZED": False,
     "DOUBLE_DQN": False,
+    "LAYER_NORM": False,
     "N_STEP": 1,
     "THREADS": 1,  # small work gains nothing from a second one, and on a busy machine they wait for each other
 }
