@@ -23,8 +23,8 @@ class DQN(nn.Module):
     follows is float32, or float64 when `dtype` is. The weights of the convolutions lie channels last in memory.
 
     With `layer_norm` what enters the hidden layer, and its units before the rectifier, are normalised state by state
-    (Ba et al. 2016). The scale of the weights before a norm says nothing then but how fast they learn, so they start
-    with PyTorch's own, 0.4 of Kaiming's.
+    (Ba et al. 2016). The scale of the weights before a norm says nothing then but how fast they learn, so all weights
+    start with PyTorch's own, which are 0.4 of Kaiming's.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class DQN(nn.Module):
         x = pixels(states, self.conv1.weight.dtype)
         for convolution in (self.conv1, self.conv2, self.conv3):
             x = F.relu(convolution(x))
-        # Without biases the scale of the pixels passes through to here, where there is the least to multiply.
-        x = (x / 255).permute(0, 2, 3, 1).flatten(1)  # in the order it lies in memory, or backward would go astray
-        if self.layer_norm:
-            x = F.layer_norm(x, x.shape[1:])
+        x = x.permute(0, 2, 3, 1).flatten(1)  # in the order it lies in memory, or backward would go astray
+        # Without biases the scale of the pixels passes through to here, where there is the least to multiply. A norm
+        # takes it away itself, and would find x / 255 no larger than its own epsilon in the first, weak networks.
+        x = F.layer_norm(x, x.shape[1:]) if self.layer_norm else x / 255
         values = self._head(x, self.hidden, self.norm, self.output).unflatten(1, (self.action_dim, self.quantiles))
         if self.dueling:
             state_value = self._head(x, self.value_hidden, self.value_norm, self.value_output).unsqueeze(1)

@@ -4,9 +4,10 @@
 
 The network of MODEL gives the transitions in the replay memory of CHECKPOINT their TD targets, once and for all. For
 each recipe a new network learns them with the agent's own learning step, from batches drawn uniformly, and a row tells
-how much of the targets' variance it has left unexplained on 2,048 other draws as it goes on. That takes a minute where
-a run takes an hour, and the memory is the same for all; of what a moving target does to learning it says nothing.
-CHECKPOINT and MODEL are files of one run, of any game.
+how much of the targets' variance it has left unexplained as it goes on, on 2,048 draws from the same memory. That takes
+a minute where a run takes an hour; of what a moving target does to learning it says nothing, nor of states never seen.
+CHECKPOINT and MODEL are files of one run, of any game. Of a recipe only what makes the network and its updates counts:
+LEARNING_RATE, ADAM_EPS, BATCH_SIZE, DUELING, LAYER_NORM, QUANTILES and SEED.
 """
 
 import argparse
@@ -74,14 +75,20 @@ def bench() -> None:
     device = utils_config.choose_device(machine["DEVICE"])
     dtype = utils_config.prepare(device, machine["PRECISION"], machine["THREADS"])
 
-    saved = torch.load(asked.checkpoint, map_location="cpu", mmap=True, weights_only=True)
-    run = saved["constants"]
+    try:
+        saved = torch.load(asked.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        run, state = saved["constants"], saved["memory"]
+    except Exception as error:  # what is no checkpoint raises any of a dozen kinds
+        parser.error(f"{asked.checkpoint} is not a checkpoint of this program: {error or type(error).__name__}")
+    try:
+        teacher = Agent(device=device, dtype=dtype, graphs=False, **read_model(asked.model)[1])
+        teacher.load(asked.model)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     sizes = {"stack_size": run["STACK_SIZE"], "n_step": run["N_STEP"], "gamma": run["GAMMA"]}
     memory = ReplayMemory(run["MEM_SIZE"], run["NUM_ENVS"], **sizes, device=device)
-    memory.load_state_dict(saved["memory"])
-    del saved
-    teacher = Agent(device=device, dtype=dtype, graphs=False, **read_model(asked.model)[1])
-    teacher.load(asked.model)
+    memory.load_state_dict(state)
+    del saved, state
     lesson = Lesson(memory, teacher)
     memory.reseed([machine["SEED"], 0])
     test = lesson.sample(TEST)

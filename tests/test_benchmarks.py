@@ -297,15 +297,19 @@ def test_the_report_takes_means_intervals_and_times_over_the_seeds(benchmark, tm
 
 
 @pytest.mark.parametrize(
-    ("seeds", "games", "between", "within"), [(1, 400, 0.0, 2.0), (60, 2, 3.0, 0.0), (60, 30, 1.0, 4.0)]
+    ("seeds", "games", "between", "within", "error"),
+    [
+        (1, 2_000, 0.0, 2.0, 2 / 2_000**0.5),  # one seed: its games
+        (600, 3, 3.0, 0.0, 3 / 600**0.5),  # games all alike: the seeds
+        (100, 20, 1.0, 4.0, (1 / 100 + 2 * 16 / 2_000) ** 0.5),  # both, the games twice
+    ],
 )
-def test_the_interval_knows_the_spread_of_games_and_of_seeds(benchmark, seeds, games, between, within):
+def test_the_interval_knows_the_spread_of_games_and_of_seeds(benchmark, seeds, games, between, within, error):
     normal = np.random.default_rng(0).normal
     scores = 5.0 + between * normal(size=(seeds, 1)) + within * normal(size=(seeds, games))
     low, high = benchmark("learning_report").interval(scores)
-    variance = scores.mean(1).var() / seeds + scores.var(1).mean() / (seeds * games)
-    assert low == pytest.approx(scores.mean() - 1.96 * variance**0.5, abs=0.05)
-    assert high == pytest.approx(scores.mean() + 1.96 * variance**0.5, abs=0.05)
+    assert (high + low) / 2 == pytest.approx(scores.mean(), abs=0.02)
+    assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
 
 
 def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_teach_more(
@@ -328,6 +332,17 @@ def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_
     assert heading == ["updates", "1", "60"]
     assert [row[0] for row in rows] == ["shipped", "layer-norm"]
     assert all(float(last) < float(first) for _, first, last in rows)
+    checkpoint, model = files
+    for wrong, reason in [
+        ([model, model], "model_001 is not a checkpoint"),
+        (["none", model], "none is not a checkpoint"),
+        ([checkpoint, checkpoint], "checkpoint_0000000200 is not a model"),
+        ([checkpoint, "none"], "No such file or directory: 'none'"),
+    ]:
+        monkeypatch.setattr(sys, "argv", ["fit.py", *wrong])
+        with pytest.raises(SystemExit, match="2"):
+            fit.bench()
+        assert reason in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_lesson_is_worth_what_the_teacher_says_and_nothing_follows(benchmark):

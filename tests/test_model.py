@@ -82,7 +82,7 @@ def normalise(x):
 def head(p, features, prefix="", rounded=same):
     hidden, norm, output = f"{prefix}hidden", f"{prefix}norm", f"{prefix}output"
     if normed := f"{norm}.weight" in p:
-        features = rounded(normalise(features))
+        features = rounded(normalise(255 * features))
     x = rounded(F.linear(features, rounded(p[f"{hidden}.weight"]), rounded(p[f"{hidden}.bias"])))
     if normed:
         x = normalise(x) * p[f"{norm}.weight"] + p[f"{norm}.bias"]
@@ -150,14 +150,16 @@ def test_norms_have_a_scale_and_a_shift_for_every_hidden_unit():
 
 
 def test_with_norms_the_scale_of_what_is_before_them_does_not_matter():
-    model = make(dueling=True, layer_norm=True)
-    before = model(make_states(3))
+    torch.manual_seed(0)
+    model = DQN(6, dueling=True, layer_norm=True, dtype=torch.float64)  # as it starts, with the weakest features ...
+    states = make_states(3) * (make_states(3, seed=1) > 250)  # ... of a game that is nearly black
+    before = model(states)
     with torch.no_grad():
         for layer in (model.conv1, model.conv3, model.hidden, model.value_hidden):
             layer.weight *= 3
         model.hidden.bias *= 3
         model.value_hidden.bias *= 3
-    torch.testing.assert_close(model(make_states(3)), before, rtol=0, atol=1e-4)  # but for the norms' own epsilon
+    torch.testing.assert_close(model(states), before, rtol=0, atol=1e-3)  # but for the norms' own epsilon
 
 
 @pytest.mark.parametrize("stack_size", [1, 3, 4])
@@ -289,7 +291,7 @@ def test_bfloat16_gradients_are_off_by_no_more_than_the_rounding_of_each_layer(o
             (g[name].float() - exact[name]).norm() / exact[name].norm() for g in ({name: gradient}, reference)
         )
         assert allowed < 0.07, name
-        assert error < 2 * allowed + 2**-10, (name, error.item(), allowed.item())
+        assert error < (2 if options["layer_norm"] else 1.5) * allowed + 2**-10, (name, error.item(), allowed.item())
 
 
 def test_two_quantiles_of_an_action_are_neighbouring_rows_of_the_output_layer():
@@ -320,10 +322,10 @@ def test_weights_start_with_the_spread_of_kaiming_for_rectifiers():
             assert 0.9 < ratio < 1.1, (name, ratio)
 
 
-def test_with_norms_weights_start_smaller():
+def test_with_norms_all_weights_start_smaller():
     torch.manual_seed(0)
     for name, value in DQN(18, dueling=True, layer_norm=True).state_dict().items():
-        if name.endswith("weight") and "norm" not in name and "output" not in name:
+        if name.endswith("weight") and "norm" not in name:
             ratio = value.std().item() / (2 / value[0].numel()) ** 0.5
             assert 0.35 < ratio < 0.45, (name, ratio)
 
