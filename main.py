@@ -48,7 +48,9 @@ DOUBLE_DQN: bool = True  # the policy network chooses the action that the target
 DUELING: bool = False  # separate streams for the state's value and the actions' advantages
 N_STEP: int = 3  # rewards summed before bootstrapping
 LAYER_NORM: bool = False  # normalise what enters the hidden layer and its units; with ADAM_EPS 1e-8 ahead at first
-QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's, 1 is the classic loss
+QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's (Dabney et al. 2018), 1 is the classic loss
+ATOMS: int = 1  # above 1 an action's return is a histogram of so many, and the loss C51's (Bellemare et al. 2017)
+V_MAX: float = 10.0  # the largest return in it, and the least is minus that; rewards are clipped to 1
 
 # Measuring
 EVALUATE_FREQ: int = 100_000  # steps between evaluations
@@ -102,6 +104,8 @@ def train(
         double_dqn=DOUBLE_DQN,
         dueling=DUELING,
         quantiles=QUANTILES,
+        atoms=ATOMS,
+        v_max=V_MAX,
         layer_norm=LAYER_NORM,
         dtype=dtype,
         graphs=CUDA_GRAPHS,

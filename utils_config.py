@@ -36,6 +36,7 @@ MOST = {  # far beyond what is useful, and short of what the machine or the emul
     "BATCH_SIZE": 8192,
     "N_STEP": 1000,
     "QUANTILES": 1000,
+    "ATOMS": 1000,
 }
 
 
@@ -219,14 +220,15 @@ def _check(c: argparse.Namespace) -> None:
     positive = (
         "MAX_STEPS NUM_ENVS STACK_SIZE FRAME_SKIP EPS_DECAY BATCH_SIZE POLICY_UPDATE TARGET_UPDATE WARM_STEPS MEM_SIZE"
     )
-    for name in (*positive.split(), "N_STEP", "QUANTILES", "EVALUATE_FREQ", "EVAL_EPISODES"):
+    for name in (*positive.split(), "N_STEP", "QUANTILES", "ATOMS", "EVALUATE_FREQ", "EVAL_EPISODES"):
         need(getattr(c, name) >= 1, f"{name} must be at least 1, not {getattr(c, name)}")
     for name, most in MOST.items():
         need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
     for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
         need(0 <= getattr(c, name) <= 1, f"{name} must be from 0 to 1, not {getattr(c, name)}")
-    for name in ("LEARNING_RATE", "ADAM_EPS"):
+    for name in ("LEARNING_RATE", "ADAM_EPS", "V_MAX"):
         need(0 < getattr(c, name) < float("inf"), f"{name} must be a positive number, not {getattr(c, name)}")
+    need(1 in (c.QUANTILES, c.ATOMS), f"QUANTILES ({c.QUANTILES}) or ATOMS ({c.ATOMS}) must be 1")
     need(0 <= c.THREADS <= 1024, f"THREADS must be from 0 to 1024, not {c.THREADS}")
     need(0 <= c.SEED < 2**32, f"SEED must be from 0 to 2**32 - 1, not {c.SEED}")
     need(c.EPS_END <= c.EPS_START, f"EPS_END ({c.EPS_END}) must not be above EPS_START ({c.EPS_START})")

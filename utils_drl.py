@@ -12,7 +12,6 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from utils_model import DQN, pixels
@@ -21,32 +20,9 @@ from utils_types import Batch
 warnings.filterwarnings("ignore", ".*capturable=True")  # Adam's, as long as it is not recorded: fused it costs nothing
 
 
-def td_targets(batch: Batch, next_target: Tensor, next_choice: Tensor) -> Tensor:
-    """Target quantiles [B, q]: returns + discounts * those that `next_target` gives the best action of `next_choice`.
-
-    Both are values [B, A, q] of the next states: of the target network, and of the network that chooses the action,
-    which is the target network again or, in Double DQN (van Hasselt et al. 2016), the policy network.
-    """
-    values = values_of(next_choice.mean(2).argmax(1), next_target)
-    return batch.returns[:, None] + batch.discounts[:, None] * values
-
-
-def values_of(actions: Tensor, values: Tensor) -> Tensor:
-    """The values [B, q] of the `actions` [B] among the `values` [B, A, q]."""
-    return values.gather(1, actions[:, None, None].expand(-1, 1, values.shape[2])).squeeze(1)
-
-
-def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
-    """Per-sample loss [B] of quantiles `values` [B, q] for `targets` [B, q] (Dabney et al. 2018, eq. 10, kappa = 1).
-
-    Twice the paper's: with one quantile, whose fraction is 1/2, it is then exactly the smooth-L1 of the TD error.
-    """
-    shape = *values.shape, targets.shape[1]  # [B, value, target]
-    values, targets = values[:, :, None].expand(shape), targets[:, None, :].expand(shape)
-    quantiles = shape[1]
-    above = torch.linspace(1 / quantiles, 2 - 1 / quantiles, quantiles, dtype=values.dtype, device=values.device)
-    slope = torch.where(targets < values, 2 - above[:, None], above[:, None])  # twice the fractions (2i + 1) / 2q
-    return (slope * F.smooth_l1_loss(values, targets, reduction="none")).mean(2).sum(1)
+def chosen(actions: Tensor, outputs: Tensor) -> Tensor:
+    """Those [B, n] of the `actions` [B] among the `outputs` [B, A, n]."""
+    return outputs.gather(1, actions[:, None, None].expand(-1, 1, outputs.shape[2])).squeeze(1)
 
 
 class CudaGraph:
@@ -162,6 +138,8 @@ class Agent:
         double_dqn: bool = False,
         dueling: bool = False,
         quantiles: int = 1,
+        atoms: int = 1,
+        v_max: float = 10.0,
         layer_norm: bool = False,
         dtype: torch.dtype = torch.float32,
         graphs: bool = True,
@@ -170,7 +148,7 @@ class Agent:
         self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
-        self.shape["layer_norm"] = layer_norm
+        self.shape |= {"atoms": atoms, "v_max": v_max, "layer_norm": layer_norm}
         self._use_graphs = graphs and self.device.type == "cuda"
         self._dtype = dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -236,7 +214,7 @@ class Agent:
     @torch.no_grad()
     def values(self, states: Tensor) -> Tensor:
         """The policy's Q values [N, A] of `states` [N, S, 84, 84] uint8."""
-        return self._network(self.policy)(states).mean(2)
+        return self.policy.returns.means(self._network(self.policy)(states))
 
     def learn(self, memory, batch_size: int, updates: int = 1) -> Tensor:
         """`updates` updates, each from its own `batch_size` transitions, whose priorities then follow the TD errors.
@@ -274,9 +252,9 @@ class Agent:
         batch = memory.sample(batch_size, updates)
         batch = batch._replace(next_states=pixels(batch.next_states, self._dtype))  # once for both networks
         with torch.no_grad():
-            next_values = self._network(self.target)(batch.next_states)
+            next_outputs = self._network(self.target)(batch.next_states)
         td_errors = []
-        for part in zip(*(values.split(batch_size) for values in (*batch, next_values)), strict=True):
+        for part in zip(*(values.split(batch_size) for values in (*batch, next_outputs)), strict=True):
             loss, q_values, errors = self._update(Batch(*part[:-1]), part[-1])
             td_errors.append(errors)
         memory.update_priorities(batch.indices, torch.cat(td_errors))
@@ -284,20 +262,25 @@ class Agent:
         self._sums += torch.stack([loss, q_values.mean(), errors.abs().mean(), self._weights.grad.norm()])
         return loss
 
-    def _update(self, batch: Batch, next_values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One step of Adam, given the target network's `next_values`; loss, Q values [B], unweighted TD errors [B]."""
-        network = self._network(self.policy)
+    def _update(self, batch: Batch, next_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step of Adam, given the target network's `next_outputs`; loss, Q values [B], unweighted TD errors [B].
+
+        In Double DQN (van Hasselt et al. 2016) the policy network chooses the next action that the target network
+        values, else the target network does both.
+        """
+        network, returns = self._network(self.policy), self.policy.returns
         with torch.no_grad():
-            choice = network(batch.next_states) if self.double_dqn else next_values
-            targets = td_targets(batch, next_values, choice)
-        values = values_of(batch.actions, network(batch.states))
-        loss = (batch.weights * quantile_loss(values, targets)).mean()
+            choice = network(batch.next_states) if self.double_dqn else next_outputs
+            following = chosen(returns.means(choice).argmax(1), next_outputs)
+        outputs = chosen(batch.actions, network(batch.states))
+        losses, targets = returns.losses(outputs, batch, following)
+        loss = (batch.weights * losses).mean()
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         copy_all(self._gradients, gradients)
         self._weights.grad.clamp_(-1, 1)
         self._optimizer.step()
-        q_values = values.detach().mean(1)
-        return loss.detach(), q_values, q_values - targets.mean(1)
+        q_values = returns.means(outputs.detach())
+        return loss.detach(), q_values, q_values - targets
 
     def _network(self, network: DQN) -> DQN:
         """The one that computes for `network`: itself, or the rounded one with a fresh copy of its parameters."""
@@ -373,6 +356,9 @@ class Agent:
         return about
 
 
+EARLIER = {"atoms": 1, "v_max": 10.0, "layer_norm": False}  # of models from before there was a choice
+
+
 def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[dict, dict, dict[str, Tensor]]:
     """What `Agent.save` wrote: about the weights, their network's shape, and the weights on `device`.
 
@@ -385,7 +371,7 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
                 raise ValueError(f"its part {damaged} is damaged")
         saved = torch.load(path, map_location=device, weights_only=True)
         weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
-        return saved["about"], {"layer_norm": False} | saved["shape"], weights  # models from before there were norms
+        return saved["about"], EARLIER | saved["shape"], weights
     except OSError:
         raise
     except Exception as error:  # a damaged file raises any of a dozen kinds

@@ -7,7 +7,7 @@ each recipe a new network learns them with the agent's own learning step, from b
 how much of the targets' variance it has left unexplained as it goes on, on 2,048 draws from the same memory. That takes
 a minute where a run takes an hour; of what a moving target does to learning it says nothing, nor of states never seen.
 CHECKPOINT and MODEL are files of one run, of any game. Of a recipe only what makes the network and its updates counts:
-LEARNING_RATE, ADAM_EPS, BATCH_SIZE, DUELING, LAYER_NORM, QUANTILES and SEED.
+LEARNING_RATE, ADAM_EPS, BATCH_SIZE, DUELING, LAYER_NORM, QUANTILES, ATOMS, V_MAX and SEED.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from learning import flags, resolve
 from recipes import RECIPES
 
 import utils_config
-from utils_drl import Agent, read_model, td_targets, values_of
+from utils_drl import Agent, read_model
 from utils_memory import ReplayMemory
 from utils_types import Batch
 
@@ -41,8 +41,8 @@ class Lesson:
     def sample(self, batch_size: int, batches: int = 1) -> Batch:
         """As of the memory, with fixed targets."""
         batch = self._memory.sample(batch_size, batches)
-        values = in_parts(self._teacher, batch.next_states)
-        targets = td_targets(batch, values, values).squeeze(1)
+        following = in_parts(self._teacher, batch.next_states).max(1).values
+        targets = batch.returns + batch.discounts * following
         return batch._replace(returns=targets, discounts=torch.zeros_like(batch.discounts))
 
     def update_priorities(self, indices: Tensor, td_errors: Tensor) -> None:
@@ -50,13 +50,13 @@ class Lesson:
 
 
 def in_parts(agent: Agent, states: Tensor) -> Tensor:
-    """The agent's Q values [B, A, 1] of `states` [B, S, H, W]."""
-    return torch.cat([agent.values(part) for part in states.split(PART)]).unsqueeze(2)
+    """The agent's Q values [B, A] of `states` [B, S, H, W]."""
+    return torch.cat([agent.values(part) for part in states.split(PART)])
 
 
 def unexplained(agent: Agent, test: Batch) -> float:
     """The share of the targets' variance that the agent's Q values leave."""
-    values = values_of(test.actions, in_parts(agent, test.states)).squeeze(1)
+    values = in_parts(agent, test.states).gather(1, test.actions[:, None]).squeeze(1)
     return ((values - test.returns).square().mean() / test.returns.var()).item()
 
 
@@ -107,6 +107,8 @@ def bench() -> None:
             dueling=constants["DUELING"],
             layer_norm=constants["LAYER_NORM"],
             quantiles=constants["QUANTILES"],
+            atoms=constants["ATOMS"],
+            v_max=constants["V_MAX"],
             dtype=dtype,
             graphs=constants["CUDA_GRAPHS"],
             seed=constants["SEED"],

@@ -223,6 +223,8 @@ def make_agent(device: torch.device) -> Agent:
         dueling=main.DUELING,
         layer_norm=main.LAYER_NORM,
         quantiles=main.QUANTILES,
+        atoms=main.ATOMS,
+        v_max=main.V_MAX,
         dtype=utils_config.choose_dtype(main.PRECISION, device),
         graphs=main.CUDA_GRAPHS,
     )

@@ -16,20 +16,21 @@ from utils_types import Batch
 
 ACTIONS = 4
 BATCH_SIZE = 6
+RETURNS = {"q1": {}, "q5": {"quantiles": 5}, "a7": {"atoms": 7, "v_max": 2.5}}  # what the network tells of returns
 CASES = [
     pytest.param(
         SimpleNamespace(
-            double_dqn=double, dueling=dueling, quantiles=quantiles, prioritized=prioritized, n_step=n_step
+            options={"double_dqn": double, **options}, dueling=dueling, prioritized=prioritized, n_step=n_step
         ),
-        id=f"{'double' if double else 'single'}-{'dueling' if dueling else 'plain'}-q{quantiles}"
+        id=f"{'double' if double else 'single'}-{'dueling' if dueling else 'plain'}-{returns}"
         f"-{'prioritized' if prioritized else 'uniform'}-{n_step}step",
     )
     for double in (False, True)
     for dueling in (False, True)
-    for quantiles in (1, 5)
+    for returns, options in RETURNS.items()
     for prioritized, n_step in ((False, 1), (True, 3))
 ]
-HALF = [case for case in CASES if case.values[0].prioritized == case.values[0].double_dqn]
+HALF = [case for case in CASES if case.values[0].prioritized == case.values[0].options["double_dqn"]]
 
 
 class FakeMemory:
@@ -108,55 +109,84 @@ def same(first, second):
 # ---- the learning step a second time, from the equations
 
 
-def forward(p, states, quantiles):
+def forward(p, states):
+    """Outputs [B, A, n]."""
     x = states.double() / 255
     for layer, stride in (("conv1", 4), ("conv2", 2), ("conv3", 1)):
         x = F.relu(F.conv2d(x, p[f"{layer}.weight"], stride=stride))
     x = x.permute(0, 2, 3, 1).flatten(1)
     q = F.linear(F.relu(F.linear(x, p["hidden.weight"], p["hidden.bias"])), p["output.weight"], p["output.bias"])
-    q = q.view(len(states), -1, quantiles)
+    q = q.view(len(states), ACTIONS, -1)
     if "value_hidden.weight" in p:
         x = F.relu(F.linear(x, p["value_hidden.weight"], p["value_hidden.bias"]))
         v = F.linear(x, p["value_output.weight"], p["value_output.bias"])
         q = v.unsqueeze(1) + q - q.mean(1, keepdim=True)
-    return q  # [B, A, quantiles]
+    return q
 
 
-def expected_values(policy, target, batch, quantiles, double):
-    """The values of the actions taken, [B, quantiles], and what they should become, [B, quantiles]."""
-    rows = torch.arange(len(batch.actions))
-    theta = forward(policy, batch.states, quantiles)[rows, batch.actions]
-    with torch.no_grad():
-        next_q = forward(target, batch.next_states, quantiles)
-        best = (forward(policy, batch.next_states, quantiles) if double else next_q).mean(2).argmax(1)
-        y = batch.returns.double()[:, None] + batch.discounts.double()[:, None] * next_q[rows, best]
-    return theta, y
+def expected_means(outputs, atoms=1, v_max=10.0, **_):
+    if atoms == 1:
+        return outputs.mean(-1)
+    shares = outputs.exp() / outputs.exp().sum(-1, keepdim=True)
+    return sum(shares[..., i] * (2 * v_max * i / (atoms - 1) - v_max) for i in range(atoms))
 
 
-def expected_loss(policy, target, batch, quantiles, double):
-    theta, y = expected_values(policy, target, batch, quantiles, double)
-    losses = torch.zeros(len(theta), dtype=torch.float64)
-    for i in range(quantiles):
-        for j in range(quantiles):
+def quantile_losses(theta, batch, following):
+    """Losses [B] and target quantiles [B, n]: Dabney et al. 2018, algorithm 1, twice."""
+    y = batch.returns.double()[:, None] + batch.discounts.double()[:, None] * following
+    count, losses = theta.shape[1], 0.0
+    for i in range(count):
+        for j in range(count):
             u = y[:, j] - theta[:, i]
             huber = torch.where(u.abs() < 1, u**2 / 2, u.abs() - 0.5)
-            losses = losses + 2 * ((i + 0.5) / quantiles - (u < 0).double()).abs() * huber / quantiles
-    return (batch.weights.double() * losses).mean(), (theta.mean(1) - y.mean(1)).detach()
+            losses = losses + 2 * ((i + 0.5) / count - (u < 0).double()).abs() * huber / count
+    return losses, y
+
+
+def atom_losses(logits, batch, following, atoms, v_max):
+    """Losses [B] and target probabilities [B, n]: Bellemare et al. 2017, algorithm 1, one atom after the other."""
+    width, p = 2 * v_max / (atoms - 1), following.exp() / following.exp().sum(1, keepdim=True)
+    m = torch.zeros_like(p)
+    for k in range(len(p)):
+        for j in range(atoms):
+            moved = batch.returns[k].item() + batch.discounts[k].item() * (j * width - v_max)
+            place = (min(max(moved, -v_max), v_max) + v_max) / width
+            lower = min(int(place), atoms - 2)
+            m[k, lower] += p[k, j] * (lower + 1 - place)
+            m[k, lower + 1] += p[k, j] * (place - lower)
+    return -(m * (logits - logits.exp().sum(1, keepdim=True).log())).sum(1), m
+
+
+def expected_loss(policy, target, batch, double_dqn=False, **returns):
+    """The loss, and the TD errors [B]."""
+    rows = torch.arange(len(batch.actions))
+    taken = forward(policy, batch.states)[rows, batch.actions]
+    with torch.no_grad():
+        next_outputs = forward(target, batch.next_states)
+        choice = forward(policy, batch.next_states) if double_dqn else next_outputs
+        following = next_outputs[rows, expected_means(choice, **returns).argmax(1)]
+    if "atoms" in returns:
+        losses, p = atom_losses(taken, batch, following, **returns)
+        y = expected_means(p.log(), **returns)
+    else:
+        losses, y = quantile_losses(taken, batch, following)
+        y = y.mean(1)
+    return (batch.weights.double() * losses).mean(), (expected_means(taken, **returns) - y).detach()
 
 
 class Oracle:
-    def __init__(self, agent, *, quantiles=1, double_dqn=False, learning_rate=6.25e-5, adam_eps=1.5e-4):
+    def __init__(self, agent, *, learning_rate=6.25e-5, adam_eps=1.5e-4, **options):
         self.parameters = {name: value.double() for name, value in snapshot(agent.policy).items()}
         self.target = {name: value.double() for name, value in snapshot(agent.target).items()}
         self.m = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
         self.v = {name: torch.zeros_like(value) for name, value in self.parameters.items()}
         self.t, self.lr, self.eps = 0, learning_rate, adam_eps
-        self.quantiles, self.double = quantiles, double_dqn
+        self.options = options
 
     def gradients(self, batch):
         """Loss, TD errors, and gradients before the clamp."""
         leaves = {name: value.detach().requires_grad_() for name, value in self.parameters.items()}
-        loss, td_errors = expected_loss(leaves, self.target, batch, self.quantiles, self.double)
+        loss, td_errors = expected_loss(leaves, self.target, batch, **self.options)
         gradients = torch.autograd.grad(loss, list(leaves.values()))
         return loss.detach(), td_errors, dict(zip(leaves, gradients, strict=True))
 
@@ -193,10 +223,9 @@ def policy_gradients(agent):
 def step(request):
     """One learning step in float64, and the same by the oracle."""
     case = request.param
-    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles}
-    agent = make_agent(dueling=case.dueling, **options)
+    agent = make_agent(dueling=case.dueling, **case.options)
     batch = make_batch(prioritized=case.prioritized, n_step=case.n_step)
-    oracle, memory = Oracle(agent, **options), FakeMemory([batch])
+    oracle, memory = Oracle(agent, **case.options), FakeMemory([batch])
     loss, td_errors, raw = oracle.learn(batch)
     actual_loss = agent.learn(memory, BATCH_SIZE)
     return SimpleNamespace(**locals())
@@ -208,18 +237,20 @@ def test_the_oracle_is_put_to_cases_that_tell_the_variants_apart():
     assert len(set(batch.discounts.tolist())) > 2
     agent = make_agent()
     policy, target = snapshot(agent.policy), snapshot(agent.target)
-    td_errors = torch.cat([expected_loss(policy, target, b, 1, False)[1] for b in batches])
+    td_errors = torch.cat([expected_loss(policy, target, b)[1] for b in batches])
     for some in (td_errors > 1, (td_errors > 0) & (td_errors < 1), (td_errors < 0) & (td_errors > -1), td_errors < -1):
         assert some.any()
     for dueling in (False, True):
-        for quantiles in (1, 5):
-            agent = make_agent(dueling=dueling, quantiles=quantiles)
-            ours, theirs = (
-                forward(snapshot(model), batch.next_states, quantiles) for model in (agent.policy, agent.target)
-            )
-            assert (ours.mean(2).argmax(1) != theirs.mean(2).argmax(1))[batch.discounts > 0].any()
-            if quantiles > 1:
-                assert (theirs.mean(2).argmax(1) != theirs[:, :, 2].argmax(1)).any()
+        for options in RETURNS.values():
+            agent = make_agent(dueling=dueling, **options)
+            ours, theirs = (forward(snapshot(model), batch.next_states) for model in (agent.policy, agent.target))
+            best = expected_means(theirs, **options).argmax(1)
+            assert (expected_means(ours, **options).argmax(1) != best)[batch.discounts > 0].any()
+            if options:
+                assert (best != theirs[:, :, theirs.shape[2] // 2].argmax(1)).any()
+    moved = batch.returns[:, None] + batch.discounts[:, None] * torch.linspace(-2.5, 2.5, 7)
+    assert (moved > 2.5).any()
+    assert (moved < -2.5).any()
 
 
 def test_loss_equals_the_equations(step):
@@ -247,11 +278,10 @@ def test_parameters_after_one_update_equal_adam_by_its_formula(step):
 
 @pytest.mark.parametrize("case", HALF)
 def test_gradients_below_one_are_left_as_they_are(case):
-    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles}
-    agent = make_agent(dueling=case.dueling, **options)
+    agent = make_agent(dueling=case.dueling, **case.options)
     batch = make_batch(3, prioritized=case.prioritized, n_step=case.n_step)
     batch = batch._replace(weights=0.02 * batch.weights)
-    _, _, raw = Oracle(agent, **options).gradients(batch)
+    _, _, raw = Oracle(agent, **case.options).gradients(batch)
     assert 0.001 < max(gradient.abs().max() for gradient in raw.values()) < 1
     agent.learn(FakeMemory([batch]), BATCH_SIZE)
     all_close(policy_gradients(agent), raw)
@@ -259,11 +289,10 @@ def test_gradients_below_one_are_left_as_they_are(case):
 
 @pytest.mark.parametrize("case", HALF)
 def test_each_gradient_above_one_is_clamped_by_itself(case):
-    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles}
-    agent = make_agent(dueling=case.dueling, **options)
+    agent = make_agent(dueling=case.dueling, **case.options)
     batch = make_batch(3, prioritized=case.prioritized, n_step=case.n_step)
     batch = batch._replace(weights=300 * batch.weights)
-    oracle = Oracle(agent, **options)
+    oracle = Oracle(agent, **case.options)
     _, _, raw = oracle.learn(batch)
     mixed = [(g > 1).any() and (g < -1).any() and ((g.abs() > 0) & (g.abs() < 1)).any() for g in raw.values()]
     assert sum(mixed) >= 3
@@ -274,7 +303,7 @@ def test_each_gradient_above_one_is_clamped_by_itself(case):
 
 @pytest.mark.parametrize("case", HALF)
 def test_ten_updates_equal_the_equations(case):
-    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles, "learning_rate": 1e-3, "adam_eps": 1e-3}
+    options = case.options | {"learning_rate": 1e-3, "adam_eps": 1e-3}
     agent = make_agent(dueling=case.dueling, **options)
     oracle = Oracle(agent, **options)
     batches = [make_batch(seed, case.prioritized, case.n_step) for seed in range(3)]
@@ -292,7 +321,7 @@ def test_ten_updates_equal_the_equations(case):
 
 @pytest.mark.parametrize("case", HALF)
 def test_several_updates_at_once_equal_the_same_updates_one_by_one(case):
-    options = {"double_dqn": case.double_dqn, "quantiles": case.quantiles, "dueling": case.dueling}
+    options = case.options | {"dueling": case.dueling}
     batches = [make_batch(seed, case.prioritized, case.n_step) for seed in range(3)]
     at_once, one_by_one = FakeMemory(batches), FakeMemory(batches)
     agent, twin = make_agent(**options), make_agent(**options)
@@ -331,9 +360,19 @@ def test_adam_defaults_are_those_of_the_classic_recipe():
 @pytest.mark.parametrize("double", [False, True])
 def test_one_quantile_is_the_classic_smooth_l1_loss(double):
     agent, batch = make_agent(double_dqn=double, quantiles=1), make_batch(5)
-    theta, y = expected_values(snapshot(agent.policy), snapshot(agent.target), batch, 1, double)
-    classic = (batch.weights.double() * F.smooth_l1_loss(theta[:, 0], y[:, 0], reduction="none")).mean()
-    close(agent.learn(FakeMemory([batch]), BATCH_SIZE), classic, 1e-14)
+    rows = torch.arange(BATCH_SIZE)
+    ours, next_q, next_ours = (
+        forward(snapshot(network), states).squeeze(2)
+        for network, states in (
+            (agent.policy, batch.states),
+            (agent.target, batch.next_states),
+            (agent.policy, batch.next_states),
+        )
+    )
+    best = (next_ours if double else next_q).argmax(1)
+    y = batch.returns.double() + batch.discounts.double() * next_q[rows, best]
+    losses = F.smooth_l1_loss(ours[rows, batch.actions], y, reduction="none")
+    close(agent.learn(FakeMemory([batch]), BATCH_SIZE), (batch.weights.double() * losses).mean(), 1e-14)
 
 
 def test_equal_quantiles_cost_their_number_times_the_classic_loss():
@@ -386,9 +425,10 @@ def test_learning_leaves_the_batch_unchanged():
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize(("double", "dueling", "quantiles"), [(False, False, 1), (True, True, 5)])
-def test_float32_learning_step_stays_within_rounding_of_the_equations(double, dueling, quantiles):
-    options = {"double_dqn": double, "quantiles": quantiles}
+@pytest.mark.parametrize("returns", RETURNS)
+@pytest.mark.parametrize(("double", "dueling"), [(False, False), (True, True)])
+def test_float32_learning_step_stays_within_rounding_of_the_equations(double, dueling, returns):
+    options = {"double_dqn": double, **RETURNS[returns]}
     agent, batch = make_agent(dtype=torch.float32, dueling=dueling, **options), make_batch()
     memory = FakeMemory([batch])
     loss, td_errors, raw = Oracle(agent, **options).gradients(batch)
@@ -401,9 +441,10 @@ def test_float32_learning_step_stays_within_rounding_of_the_equations(double, du
         assert (gradient - expected).norm() < 1e-3 * expected.norm(), name
 
 
-@pytest.mark.parametrize(("double", "dueling", "quantiles"), [(False, False, 1), (True, True, 5)])
-def test_bfloat16_learning_step_stays_near_the_equations_with_float32_parameters(double, dueling, quantiles):
-    options = {"double_dqn": double, "quantiles": quantiles}
+@pytest.mark.parametrize("returns", RETURNS)
+@pytest.mark.parametrize(("double", "dueling"), [(False, False), (True, True)])
+def test_bfloat16_learning_step_stays_near_the_equations_with_float32_parameters(double, dueling, returns):
+    options = {"double_dqn": double, **RETURNS[returns]}
     agent, batch = make_agent(dtype=torch.bfloat16, dueling=dueling, **options), make_batch()
     memory = FakeMemory([batch])
     loss, td_errors, raw = Oracle(agent, **options).gradients(batch)
@@ -411,7 +452,7 @@ def test_bfloat16_learning_step_stays_near_the_equations_with_float32_parameters
     assert actual.dtype == torch.float32
     assert {parameter.dtype for parameter in agent.policy.parameters()} == {torch.float32}
     close(actual, loss, 0.05)
-    close(memory.updates[0][1], td_errors, 0.08)
+    close(memory.updates[0][1], td_errors, 0.16 if "atoms" in options else 0.08)  # a softmax magnifies
     for name, gradient in policy_gradients(agent).items():
         expected = raw[name].clamp(-1, 1)
         assert (gradient - expected).norm() < 0.2 * expected.norm(), name  # rectifiers near 0 flip
@@ -427,8 +468,8 @@ def test_a_thousand_bfloat16_updates_stay_with_those_in_float32():
         before = agent.policy(everything.states)
         for _ in range(125):
             agent.learn(memory, BATCH_SIZE, updates=8)
-        values.append(utils_drl.values_of(everything.actions, agent.policy(everything.states)))
-    moved = (values[0] - utils_drl.values_of(everything.actions, before)).norm()
+        values.append(utils_drl.chosen(everything.actions, agent.policy(everything.states)))
+    moved = (values[0] - utils_drl.chosen(everything.actions, before)).norm()
     assert (values[1] - values[0]).norm() < 0.05 * moved
 
 
@@ -574,24 +615,31 @@ def test_epsilon_one_gives_uniform_and_independent_actions(mode):
     assert chi_square(pair_counts(actions.T)) < 37.7  # two calls of one game
 
 
-@pytest.mark.parametrize("quantiles", [1, 5])
+@pytest.mark.parametrize("returns", RETURNS)
 @pytest.mark.parametrize("mode", ["warming up", "training", "evaluating"])
-def test_epsilon_zero_gives_the_action_of_the_highest_mean_value(mode, quantiles):
+def test_epsilon_zero_gives_the_action_of_the_highest_mean_value(mode, returns):
     own = 1 if mode == "evaluating" else 0
-    agent = Agent(ACTIONS, eps_start=own, eps_end=own, quantiles=quantiles)
-    fill(agent.policy, 1)
-    fill(agent.target, 2)
+    agent = Agent(ACTIONS, eps_start=own, eps_end=own, **RETURNS[returns])
+    fill(agent.policy, 5)
+    fill(agent.target, 6)
     states, rng = make_states(40), np.random.default_rng(4)
     with torch.no_grad():
-        values = agent.policy(states)
-    expected = values.mean(2).argmax(1).numpy()
+        outputs, others = agent.policy(states), agent.target(states)
+    expected = expected_means(outputs, **RETURNS[returns]).argmax(1).numpy()
     assert len(set(expected)) > 1
-    assert np.any(agent.target(states).mean(2).argmax(1).numpy() != expected)
-    if quantiles > 1:
-        assert np.any(values[:, :, 2].argmax(1).numpy() != expected)
-        assert np.any(values.amax(2).argmax(1).numpy() != expected)
+    assert np.any(expected_means(others, **RETURNS[returns]).argmax(1).numpy() != expected)
+    if RETURNS[returns]:
+        assert np.any(outputs[:, :, 2].argmax(1).numpy() != expected)
+        assert np.any(outputs.amax(2).argmax(1).numpy() != expected)
     options = {"warming up": {}, "training": {"training": True}, "evaluating": {"epsilon": 0.0, "rng": rng}}[mode]
     assert np.array_equal(agent.run(states, **options), expected)
+
+
+@pytest.mark.parametrize("returns", RETURNS)
+def test_values_are_the_mean_returns(returns):
+    agent = make_agent(**RETURNS[returns])
+    states = make_states(5)
+    close(agent.values(states), expected_means(forward(snapshot(agent.policy), states), **RETURNS[returns]))
 
 
 @pytest.mark.parametrize("mode", ["training", "evaluating"])
@@ -677,7 +725,9 @@ def test_evaluation_actions_depend_on_their_own_generator_only():
 # ---- files
 
 
-@pytest.mark.parametrize("options", [{}, {"dueling": True, "quantiles": 5}], ids=["plain", "dueling-q5"])
+@pytest.mark.parametrize(
+    "options", [{}, {"dueling": True, "quantiles": 5}, {"atoms": 7}], ids=["plain", "dueling-q5", "a7"]
+)
 def test_load_brings_back_what_save_wrote(tmp_path, options):
     agent, twin = Agent(ACTIONS, seed=1, **options), Agent(ACTIONS, seed=2, **options)
     fill(agent.policy, 1)
@@ -765,6 +815,8 @@ def test_load_refuses_a_file_for_another_number_of_actions(tmp_path):
         ({"dueling": True}, {}),
         ({}, {"dueling": True}),
         ({"quantiles": 5}, {"quantiles": 1}),
+        ({"quantiles": 5}, {"atoms": 5}),
+        ({"atoms": 5, "v_max": 1.0}, {"atoms": 5, "v_max": 2.0}),
         ({"stack_size": 3}, {"stack_size": 4}),
     ],
 )

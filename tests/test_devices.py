@@ -64,8 +64,9 @@ def stand_ins(monkeypatch):
         {"layer_norm": True, "dtype": torch.bfloat16},
         {"dueling": True, "quantiles": 5, "dtype": torch.bfloat16},
         {"double_dqn": True, "dueling": True, "quantiles": 5},
+        {"double_dqn": True, "atoms": 51, "dtype": torch.bfloat16},
     ],
-    ids=["classic", "double-bfloat16", "norm-bfloat16", "dueling-q5-bfloat16", "double-dueling-q5"],
+    ids=["classic", "double-bfloat16", "norm-bfloat16", "dueling-q5-bfloat16", "double-dueling-q5", "atoms-bfloat16"],
 )
 def test_an_iteration_neither_waits_for_the_device_nor_mixes_devices(monkeypatch, kind, scan, options):
     monkeypatch.setattr(utils_memory, "SumTree", lambda capacity, device: SumTree(capacity, device, scan=scan))

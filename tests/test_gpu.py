@@ -113,9 +113,9 @@ def test_a_memory_on_the_gpu_survives_a_checkpoint(kind):
         assert torch.equal(mine, its)
 
 
-@pytest.mark.parametrize("quantiles", [1, 8])
+@pytest.mark.parametrize("returns", [{}, {"quantiles": 8}, {"atoms": 51}], ids=["classic", "quantiles", "atoms"])
 @pytest.mark.parametrize("dueling", [False, True])
-def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, quantiles):
+def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, returns):
     generator = torch.Generator().manual_seed(0)
     batch = Batch(
         torch.randint(0, 256, (32, 4, 84, 84), dtype=torch.uint8, generator=generator),
@@ -145,7 +145,7 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, quantiles):
 
     errors, weights = [], []
     for device in ("cpu", CUDA):  # on the GPU the last updates are replays of a graph
-        agent = Agent(4, device, dueling=dueling, quantiles=quantiles, double_dqn=True, dtype=torch.float64)
+        agent = Agent(4, device, dueling=dueling, double_dqn=True, dtype=torch.float64, **returns)
         memory = Memory(device)
         for _ in range(CudaGraph.WARM_UP + 4):
             agent.learn(memory, 32)

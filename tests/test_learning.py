@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import main
-from utils_drl import Agent
+from utils_drl import Agent, read_model
 from utils_types import Transition
 
 GAMMA = 0.8
@@ -164,15 +164,13 @@ def run(monkeypatch, tmp_path):
         for name, value in {**SMALL, **constants}.items():
             monkeypatch.setattr(main, name, value)
         main.main()
-        agent = Agent(len(table["start"]), stack_size=1)
         frames = torch.from_numpy(np.stack([*pictures(table).values()]))[:, None]
         models = []
         for path in sorted(Path("models").glob("model_*")):
+            agent = Agent(**read_model(path)[1])
             agent.load(path)
             path.unlink()  # 7 MB each
-            with torch.no_grad():
-                values = agent.policy(frames).mean(2).tolist()
-            models.append(dict(zip(pictures(table), values, strict=True)))
+            models.append(dict(zip(pictures(table), agent.values(frames).tolist(), strict=True)))
         return models, [float(line.split()[2]) for line in Path("rewards.txt").read_text().splitlines()]
 
     return start
@@ -197,14 +195,20 @@ def largest_gap(values: dict, expected: dict) -> float:
 
 
 @pytest.mark.parametrize(
-    ("prioritized", "n_step", "periods"),
-    [pytest.param(False, 1, 4, id="uniform-1step"), pytest.param(True, 3, 2, id="prioritized-3step")],
+    ("prioritized", "n_step", "periods", "returns"),
+    [
+        pytest.param(False, 1, 4, {}, id="uniform-1step"),
+        pytest.param(True, 3, 2, {}, id="prioritized-3step"),
+        pytest.param(True, 3, 2, {"QUANTILES": 4}, id="quantiles-3step"),
+        pytest.param(False, 1, 4, {"ATOMS": 31, "V_MAX": 1.5}, id="atoms-1step"),
+    ],
 )
-def test_values_go_back_n_steps_per_target_period_until_they_are_exact(run, prioritized, n_step, periods):
+def test_values_go_back_n_steps_per_target_period_until_they_are_exact(run, prioritized, n_step, periods, returns):
     """Every model is evaluated as it becomes the target, so the next one must hold its TD targets and no others'."""
     period = 480  # steps
     models, scores = run(
         CORRIDOR,
+        **returns,
         PRIORITIZED=prioritized,
         DOUBLE_DQN=False,
         N_STEP=n_step,

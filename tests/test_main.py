@@ -166,6 +166,8 @@ ARGUMENTS = [
     ("DUELING", True, "dueling"),
     ("LAYER_NORM", True, "layer_norm"),
     ("QUANTILES", 3, "quantiles"),
+    ("ATOMS", 3, "atoms"),
+    ("V_MAX", 3.0, "v_max"),
     ("N_STEP", 3, "n_step"),
     ("GAMMA", 0.5, "gamma"),
     ("PRIORITIZED", True, "alpha"),
@@ -200,6 +202,7 @@ EFFECTS = [
     ("DUELING", True),
     ("LAYER_NORM", True),
     ("QUANTILES", 3),
+    ("ATOMS", 3),
     ("N_STEP", 3),
     ("GAMMA", 0.5),
     ("PRIORITIZED", False),
@@ -237,6 +240,11 @@ def test_every_constant_changes_what_a_run_does(tiny_run, plain_run, name, value
         assert any(not torch.equal(mine[key], plain[key]) for key in mine)
 
 
+def test_v_max_changes_what_a_run_with_atoms_does(tiny_run):
+    narrow, wide = (tiny_run(**{**BUSY, "ATOMS": 5, "V_MAX": v_max}).weights(1) for v_max in (3.0, 10.0))
+    assert any(not torch.equal(narrow[key], wide[key]) for key in narrow)
+
+
 @pytest.mark.parametrize(("name", "value", "argument"), ARGUMENTS)
 def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, name, value, argument):
     recorders = {cls: Recorder(getattr(main, cls)) for cls in ("Agent", "AtariEnv", "PrioritizedReplayMemory")}
@@ -250,7 +258,8 @@ def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, name, va
 
 
 def test_every_constant_is_covered_by_these_tests():
-    tested = {name for name, *_ in EFFECTS} | {"RENDER", "PLAY", "SAVE_PREFIX", "DEVICE", "THREADS", "CUDA_GRAPHS"}
+    tested = {name for name, *_ in EFFECTS} | {"V_MAX"}
+    tested |= {"RENDER", "PLAY", "SAVE_PREFIX", "DEVICE", "THREADS", "CUDA_GRAPHS"}
     assert tested == set(utils_config.constants(vars(main)))
 
 
@@ -372,6 +381,10 @@ BAD = [
     (["--DEVICE=tpu"], "DEVICE 'tpu'"),
     (["--DEVICE=meta"], "DEVICE 'meta'"),
     (["--QUANTILES=8000"], "QUANTILES must be at most 1000"),
+    (["--ATOMS=8000"], "ATOMS must be at most 1000"),
+    (["--ATOMS=0"], "ATOMS must be at least 1"),
+    (["--QUANTILES=2", "--ATOMS=2"], "QUANTILES (2) or ATOMS (2) must be 1"),
+    (["--V_MAX=0"], "V_MAX must be a positive number"),
     (["--NUM_ENVS=20_000"], "NUM_ENVS must be at most 4096"),
     (["--STACK_SIZE=290"], "STACK_SIZE must be at most 64"),
     (["--FRAME_SKIP=100_000"], "FRAME_SKIP must be at most 60"),

@@ -19,11 +19,11 @@ SHAPES = {
 }
 VARIANTS = [
     pytest.param(
-        {"dueling": dueling, "quantiles": quantiles, "layer_norm": layer_norm},
-        id=f"{'dueling' if dueling else 'plain'}-q{quantiles}{'-normed' if layer_norm else ''}",
+        {"dueling": dueling, "layer_norm": layer_norm, kind: count},
+        id=f"{'dueling' if dueling else 'plain'}-{kind}-{count}{'-normed' if layer_norm else ''}",
     )
     for dueling in (False, True)
-    for quantiles in (1, 5)
+    for kind, count in (("quantiles", 1), ("quantiles", 5), ("atoms", 5))
     for layer_norm in (False, True)
 ]
 
@@ -89,13 +89,13 @@ def head(p, features, prefix="", rounded=same):
     return F.linear(F.relu(x), p[f"{output}.weight"], p[f"{output}.bias"])
 
 
-def forward(p, states, quantiles, rounded=same):
+def forward(p, states, rounded=same, actions=6):
     features = body(p, states, rounded)
-    values = head(p, features, "", rounded).view(len(states), -1, quantiles)
+    outputs = head(p, features, "", rounded).view(len(states), actions, -1)
     if "value_output.weight" in p:
-        values = values - values.mean(1, keepdim=True)
-        values = values + head(p, features, "value_", rounded).view(-1, 1, quantiles)
-    return values
+        outputs = outputs - outputs.mean(1, keepdim=True)
+        outputs = outputs + head(p, features, "value_", rounded).unsqueeze(1)
+    return outputs
 
 
 def gradients(model, values):
@@ -117,7 +117,7 @@ def test_parameters_are_those_of_mnih_2015_without_convolution_biases():
 
 
 def test_state_dict_holds_the_parameters_and_nothing_else():
-    model = DQN(6, dueling=True, quantiles=3)
+    model = DQN(6, dueling=True, atoms=3)
     assert set(model.state_dict()) == {name for name, _ in model.named_parameters()}
 
 
@@ -167,13 +167,13 @@ def test_stack_size_sets_the_number_of_input_frames(stack_size):
     model = make(3, stack_size=stack_size)
     assert tuple(model.state_dict()["conv1.weight"].shape) == (32, stack_size, 8, 8)
     states = make_states(2, channels=stack_size)
-    torch.testing.assert_close(model(states), forward(model.state_dict(), states, 1), rtol=0, atol=1e-9)
+    torch.testing.assert_close(model(states), forward(model.state_dict(), states, actions=3), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("options", VARIANTS)
-def test_output_is_float32_with_one_value_per_state_action_and_quantile(options):
+def test_output_is_float32_for_every_state_action_and_quantile_or_atom(options):
     values = DQN(7, **options)(make_states(3))
-    assert values.shape == (3, 7, options["quantiles"])
+    assert values.shape == (3, 7, options.get("quantiles", options.get("atoms")))
     assert values.dtype == torch.float32
 
 
@@ -183,9 +183,7 @@ def test_float64_network_equals_the_functional_forward_pass(options):
     values = model(make_states(4))
     assert values.dtype == torch.float64
     assert values.std(0).min() > 1e-3  # the states tell: not a constant network
-    torch.testing.assert_close(
-        values, forward(model.state_dict(), make_states(4), options["quantiles"]), rtol=0, atol=1e-9
-    )
+    torch.testing.assert_close(values, forward(model.state_dict(), make_states(4)), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("options", VARIANTS)
@@ -199,7 +197,7 @@ def test_float32_network_stays_within_rounding_of_the_float64_one(options):
 def test_gradients_of_every_parameter_equal_those_of_the_functional_forward_pass(options):
     model = make(**options)
     states = make_states(4)
-    expected = gradients(model, forward(dict(model.named_parameters()), states, options["quantiles"]))
+    expected = gradients(model, forward(dict(model.named_parameters()), states))
     for name, gradient in gradients(model, model(states)).items():
         assert gradient.abs().max() > 0, name
         assert (gradient - expected[name]).abs().max() < 1e-9, name
@@ -284,7 +282,7 @@ def test_bfloat16_gradients_are_off_by_no_more_than_the_rounding_of_each_layer(o
     model, states = make(dtype=torch.float32, **options), make_states(16)
     exact = gradients(model, model(states))
     parameters = dict(model.named_parameters())
-    reference = gradients(model, forward(parameters, states, options["quantiles"], Bfloat16.apply))
+    reference = gradients(model, forward(parameters, states, Bfloat16.apply))
     model = make(dtype=torch.bfloat16, **options)
     for name, gradient in gradients(model, model(states)).items():
         error, allowed = (
