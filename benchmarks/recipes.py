@@ -7,7 +7,7 @@ CLASSIC = {
     "BATCH_SIZE": 32, "POLICY_UPDATE": 4, "TARGET_UPDATE": 10_000, "WARM_STEPS": 50_000, "MEM_SIZE": 100_000,
     "LEARNING_RATE": 6.25e-5, "ADAM_EPS": 1.5e-4, "PRIORITIZED": False, "ALPHA": 0.5, "BETA_START": 0.4,
     "DOUBLE_DQN": False, "DUELING": False, "N_STEP": 1, "QUANTILES": 1,
-    "LAYER_NORM": False,
+    "ATOMS": 1, "V_MAX": 10.0, "LAYER_NORM": False,
 }
 # fmt: on
 PRIORITIZED = CLASSIC | {"PRIORITIZED": True}
@@ -21,7 +21,8 @@ RECIPES = {  # name: the constants of main.py that it changes, and the question 
     "update-4": {"POLICY_UPDATE": 4},  # do twice as many updates, as is usual, bring more ...
     "update-16": {"POLICY_UPDATE": 16},  # ... or are half as many enough?
     "layer-norm": {"LAYER_NORM": True, "ADAM_EPS": 1e-8},  # do normalised layers let the same updates teach more?
-    "shipped-quantiles": QUANTILES,  # do quantiles, slow in their first 400k steps, go on where others stand still?
+    "c51": {"LAYER_NORM": True, "ADAM_EPS": 1e-8, "ATOMS": 51},  # do distributions go on where others stand still ...
+    "shipped-quantiles": QUANTILES,  # ... and as quantiles, slow in their first 400k steps?
     "classic-uniform": CLASSIC,  # at least 19.0 on Breakout at 800k steps?
     "classic-prioritized": PRIORITIZED,  # never below uniform, per step and per minute?
     "prioritized-alpha-0.6": PRIORITIZED | {"ALPHA": 0.6},  # stronger priorities, as Schaul et al. 2016?
