@@ -49,8 +49,8 @@ DUELING: bool = False  # separate streams for the state's value and the actions'
 N_STEP: int = 3  # rewards summed before bootstrapping
 LAYER_NORM: bool = False  # normalise what enters the hidden layer and its units; with ADAM_EPS 1e-8 ahead at first
 QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's (Dabney et al. 2018), 1 is the classic loss
-ATOMS: int = 1  # above 1 an action's return is a histogram of so many, and the loss C51's (Bellemare et al. 2017)
-V_MAX: float = 10.0  # the largest return in it, and the least is minus that; rewards are clipped to 1
+ATOMS: int = 1  # above 1, best odd, so many possible returns per action and the loss of C51 (Bellemare et al. 2017)
+V_MAX: float = 10.0  # with ATOMS: the largest of those returns, and minus that the least; rewards are clipped to 1
 
 # Measuring
 EVALUATE_FREQ: int = 100_000  # steps between evaluations

@@ -226,8 +226,9 @@ def _check(c: argparse.Namespace) -> None:
         need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
     for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
         need(0 <= getattr(c, name) <= 1, f"{name} must be from 0 to 1, not {getattr(c, name)}")
-    for name in ("LEARNING_RATE", "ADAM_EPS", "V_MAX"):
+    for name in ("LEARNING_RATE", "ADAM_EPS"):
         need(0 < getattr(c, name) < float("inf"), f"{name} must be a positive number, not {getattr(c, name)}")
+    need(1e-3 <= c.V_MAX <= 1e6, f"V_MAX must be from 0.001 to 1_000_000, not {c.V_MAX}")
     need(1 in (c.QUANTILES, c.ATOMS), f"QUANTILES ({c.QUANTILES}) or ATOMS ({c.ATOMS}) must be 1")
     need(0 <= c.THREADS <= 1024, f"THREADS must be from 0 to 1024, not {c.THREADS}")
     need(0 <= c.SEED < 2**32, f"SEED must be from 0 to 2**32 - 1, not {c.SEED}")

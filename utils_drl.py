@@ -148,7 +148,7 @@ class Agent:
         self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
-        self.shape |= {"atoms": atoms, "v_max": v_max, "layer_norm": layer_norm}
+        self.shape |= {"atoms": atoms, "layer_norm": layer_norm} | ({"v_max": v_max} if atoms > 1 else {})
         self._use_graphs = graphs and self.device.type == "cuda"
         self._dtype = dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
@@ -214,7 +214,7 @@ class Agent:
     @torch.no_grad()
     def values(self, states: Tensor) -> Tensor:
         """The policy's Q values [N, A] of `states` [N, S, 84, 84] uint8."""
-        return self.policy.returns.means(self._network(self.policy)(states))
+        return self.policy.distribution.means(self._network(self.policy)(states))
 
     def learn(self, memory, batch_size: int, updates: int = 1) -> Tensor:
         """`updates` updates, each from its own `batch_size` transitions, whose priorities then follow the TD errors.
@@ -268,18 +268,18 @@ class Agent:
         In Double DQN (van Hasselt et al. 2016) the policy network chooses the next action that the target network
         values, else the target network does both.
         """
-        network, returns = self._network(self.policy), self.policy.returns
+        network, distribution = self._network(self.policy), self.policy.distribution
         with torch.no_grad():
             choice = network(batch.next_states) if self.double_dqn else next_outputs
-            following = chosen(returns.means(choice).argmax(1), next_outputs)
+            following = chosen(distribution.means(choice).argmax(1), next_outputs)
         outputs = chosen(batch.actions, network(batch.states))
-        losses, targets = returns.losses(outputs, batch, following)
+        losses, targets = distribution.losses(outputs, batch.returns, batch.discounts, following)
         loss = (batch.weights * losses).mean()
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         copy_all(self._gradients, gradients)
         self._weights.grad.clamp_(-1, 1)
         self._optimizer.step()
-        q_values = returns.means(outputs.detach())
+        q_values = distribution.means(outputs.detach())
         return loss.detach(), q_values, q_values - targets
 
     def _network(self, network: DQN) -> DQN:
@@ -356,7 +356,7 @@ class Agent:
         return about
 
 
-EARLIER = {"atoms": 1, "v_max": 10.0, "layer_norm": False}  # of models from before there was a choice
+EARLIER = {"atoms": 1, "layer_norm": False}  # the shape of models from before there was a choice
 
 
 def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[dict, dict, dict[str, Tensor]]:

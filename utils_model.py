@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils_types import FRAME_SHAPE, Batch
+from utils_types import FRAME_SHAPE
 
 
 def pixels(states: Tensor, dtype: torch.dtype) -> Tensor:
@@ -17,51 +17,6 @@ def pixels(states: Tensor, dtype: torch.dtype) -> Tensor:
     What is so already is returned as it is. Left in another layout, a convolution would convert it, and backward again.
     """
     return states.to(dtype).contiguous(memory_format=torch.channels_last)
-
-
-class Quantiles(nn.Module):
-    """`count` equally likely returns of an action (QR-DQN, Dabney et al. 2018); a single one is its Q value."""
-
-    def __init__(self, count: int = 1):
-        super().__init__()
-        self.count = count
-
-    def means(self, outputs: Tensor) -> Tensor:
-        """Q values [...] of the network's `outputs` [..., count]."""
-        return outputs.mean(-1)
-
-    def losses(self, outputs: Tensor, batch: Batch, following: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-sample losses [B] and the Q values' TD targets [B].
-
-        `outputs` [B, count] are of the actions taken, `following` [B, count] of the best ones in the next states.
-        """
-        targets = batch.returns[:, None] + batch.discounts[:, None] * following
-        return quantile_loss(outputs, targets), targets.mean(1)
-
-
-class Atoms(nn.Module):
-    """The logits of `count` returns from -`v_max` to `v_max`, evenly spaced (C51, Bellemare et al. 2017)."""
-
-    def __init__(self, count: int, v_max: float):
-        super().__init__()
-        self.count, self.v_max = count, v_max
-        self.register_buffer("support", torch.linspace(-v_max, v_max, count, dtype=torch.float64), persistent=False)
-
-    def means(self, outputs: Tensor) -> Tensor:
-        """Q values [...] of the network's `outputs` [..., count]."""
-        return (outputs.softmax(-1) * self.support).sum(-1)  # no matrix product: a GPU might take TF32 for it
-
-    def losses(self, outputs: Tensor, batch: Batch, following: Tensor) -> tuple[Tensor, Tensor]:
-        """Per-sample losses [B], cross-entropies, and the Q values' TD targets [B], none beyond `v_max`.
-
-        `outputs` [B, count] are of the actions taken, `following` [B, count] of the best ones in the next states.
-        """
-        moved = (batch.returns[:, None] + batch.discounts[:, None] * self.support).clamp(-self.v_max, self.v_max)
-        # The probability of an atom that has moved goes to its two neighbours, each by its nearness (algorithm 1).
-        distances = (moved[:, None, :] - self.support[:, None]).abs() * ((self.count - 1) / (2 * self.v_max))
-        shares = (1 - distances).clamp_min(0)  # [B, to, from]
-        targets = (shares * following.softmax(1)[:, None, :]).sum(2)
-        return -(targets * outputs.log_softmax(1)).sum(1), (targets * self.support).sum(1)
 
 
 def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
@@ -77,11 +32,54 @@ def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
     return (slope * F.smooth_l1_loss(values, targets, reduction="none")).mean(2).sum(1)
 
 
-class DQN(nn.Module):
-    """Three convolutions without bias, one hidden layer, and for each action the numbers that `returns` reads.
+class Quantiles:
+    """Outputs that are equally likely returns (QR-DQN, Dabney et al. 2018); a single one is the Q value."""
 
-    Those are `quantiles` returns, by default one, the Q value; or, with `atoms`, the logits of so many returns from
-    -`v_max` to `v_max`.
+    def means(self, outputs: Tensor) -> Tensor:
+        """Q values [...] of `outputs` [..., q]."""
+        return outputs.mean(-1)
+
+    def losses(self, outputs: Tensor, returns: Tensor, discounts: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-sample losses [B] and TD targets [B] of the Q values.
+
+        `outputs` [B, q] are of the actions taken, `following` [B, q] of the best ones in the next states, and
+        `returns` and `discounts` [B] lie between.
+        """
+        targets = returns[:, None] + discounts[:, None] * following
+        return quantile_loss(outputs, targets), targets.mean(1)
+
+
+class Atoms(nn.Module):
+    """Outputs that are logits of `count` returns, spaced from -`v_max` to `v_max` (C51, Bellemare et al. 2017)."""
+
+    def __init__(self, count: int, v_max: float):
+        super().__init__()
+        self.count, self.v_max = count, v_max
+        self.register_buffer("support", torch.linspace(-v_max, v_max, count, dtype=torch.float64), persistent=False)
+
+    def means(self, outputs: Tensor) -> Tensor:
+        """Q values [...] of `outputs` [..., count]."""
+        return (outputs.softmax(-1) * self.support).sum(-1)
+
+    def losses(self, outputs: Tensor, returns: Tensor, discounts: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+        """Per-sample losses [B], cross-entropies, and TD targets [B] of the Q values, none beyond `v_max`.
+
+        `outputs` [B, count] are of the actions taken, `following` [B, count] of the best ones in the next states, and
+        `returns` and `discounts` [B] lie between.
+        """
+        moved = (returns[:, None] + discounts[:, None] * self.support).clamp(-self.v_max, self.v_max)
+        # The probability of an atom that has moved goes to its two neighbours, each by its nearness (algorithm 1).
+        distances = (moved[:, None, :] - self.support[:, None]).abs() * ((self.count - 1) / (2 * self.v_max))
+        shares = (1 - distances).clamp_min(0)  # [B, to, from]
+        targets = (shares * following.softmax(1)[:, None, :]).sum(2)
+        return -(targets * outputs.log_softmax(1)).sum(1), (targets * self.support).sum(1)
+
+
+class DQN(nn.Module):
+    """Three convolutions without bias, one hidden layer, and for each action the outputs that `distribution` reads.
+
+    Those are `quantiles` returns, by default one, the Q value; or, with `atoms` above 1, which come first, the logits
+    of so many returns from -`v_max` to `v_max`.
 
     `dtype` is the arithmetic of the convolutions and the hidden layer, and their parameters are stored in it; what
     follows is float32, or float64 when `dtype` is. The weights of the convolutions lie channels last in memory.
@@ -105,36 +103,39 @@ class DQN(nn.Module):
     ):
         super().__init__()
         self.action_dim, self.dueling, self.layer_norm = action_dim, dueling, layer_norm
-        self.returns = Atoms(atoms, v_max) if atoms > 1 else Quantiles(quantiles)
+        exact = torch.float32 if dtype == torch.bfloat16 else dtype
+        self.distribution = Atoms(atoms, v_max).to(exact) if atoms > 1 else Quantiles()
+        self.outputs = atoms if atoms > 1 else quantiles  # for each action
         self.conv1 = nn.Conv2d(stack_size, 32, kernel_size=8, stride=4, bias=False)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=4, stride=2, bias=False)
         self.conv3 = nn.Conv2d(64, 64, kernel_size=3, stride=1, bias=False)
         side = (((FRAME_SHAPE[0] - 8) // 4 + 1 - 4) // 2 + 1) - 2  # 84 -> 20 -> 9 -> 7
         self.hidden = nn.Linear(64 * side * side, 512)
         self.norm = nn.LayerNorm(512) if layer_norm else None
-        self.output = nn.Linear(512, action_dim * self.returns.count)  # the advantages, when dueling
+        self.output = nn.Linear(512, action_dim * self.outputs)  # the advantages, when dueling
         if dueling:
             self.value_hidden = nn.Linear(64 * side * side, 512)
             self.value_norm = nn.LayerNorm(512) if layer_norm else None
-            self.value_output = nn.Linear(512, self.returns.count)
+            self.value_output = nn.Linear(512, self.outputs)
         for name, layer in self.named_children():
-            if not layer_norm and layer is not self.returns:
+            if layer is self.distribution:
+                continue
+            if not layer_norm:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
-            exact = name.endswith(("output", "norm", "returns")) and dtype == torch.bfloat16
-            layer.to(dtype=torch.float32 if exact else dtype, memory_format=torch.channels_last)
+            layer.to(dtype=exact if name.endswith(("output", "norm")) else dtype, memory_format=torch.channels_last)
 
     def forward(self, states: Tensor) -> Tensor:
-        """What `returns` reads, [B, action_dim, returns.count], of uint8 `states` [B, S, 84, 84]."""
+        """Outputs [B, action_dim, outputs], for `distribution` to read, of uint8 `states` [B, S, 84, 84]."""
         x = pixels(states, self.conv1.weight.dtype)
         for convolution in (self.conv1, self.conv2, self.conv3):
             x = F.relu(convolution(x))
         x = x.permute(0, 2, 3, 1).flatten(1)  # in the order it lies in memory, or backward would go astray
         # Without biases the scale of the pixels passes through to here, where there is the least to multiply. A norm
-        # takes it away itself, and would find x / 255 no larger than its own epsilon in the first, weak networks.
+        # takes it away itself; x / 255 would be near its epsilon where a new network sees a nearly black screen.
         x = F.layer_norm(x, x.shape[1:]) if self.layer_norm else x / 255
-        outputs = self._head(x, self.hidden, self.norm, self.output).unflatten(1, (self.action_dim, self.returns.count))
+        outputs = self._head(x, self.hidden, self.norm, self.output).unflatten(1, (self.action_dim, self.outputs))
         if self.dueling:
             state_value = self._head(x, self.value_hidden, self.value_norm, self.value_output).unsqueeze(1)
             outputs = state_value + outputs - outputs.mean(1, keepdim=True)

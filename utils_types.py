@@ -23,7 +23,10 @@ class Transition(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Transitions to learn from. In every variant the TD target is `returns + discounts * max Q(next_states)`."""
+    """Transitions to learn from. The TD target is `returns + discounts * max Q(next_states)` in every variant.
+
+    With ATOMS that holds for each atom, and no further than V_MAX.
+    """
 
     states: Tensor  # [B, S, H, W] uint8
     actions: Tensor  # [B] int64

@@ -73,9 +73,9 @@ def rewards(directory: Path) -> list[tuple[int, int, float]]:
 def interval(scores: np.ndarray) -> np.ndarray:
     """The bootstrap's 95% interval of the mean of `scores` [seeds, games]: seeds are drawn, and then games of each.
 
-    Few seeds make it a rough one. S seeds show (S - 1) / S of the variance between seeds, so that a single seed's
-    interval tells of its games only; and the variance between games counts twice, once in the seeds' means, so that
-    the interval of seeds that do not differ is too wide, by 22% for two.
+    Few seeds make it a rough one. Of S seeds it sees (S - 1) / S of the variance between them: nothing for one, whose
+    interval tells of its games only, and for two it is 29% too narrow where only the seeds differ. Games count in the
+    seeds' means once more, so that it is 22% too wide for two seeds that do not differ.
     """
     rng, (seeds, games) = np.random.default_rng(0), scores.shape
     drawn = rng.integers(seeds, size=(10_000, seeds, 1)), rng.integers(games, size=(10_000, seeds, games))

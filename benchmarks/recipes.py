@@ -14,14 +14,15 @@ PRIORITIZED = CLASSIC | {"PRIORITIZED": True}
 FAST = CLASSIC | {"WARM_STEPS": 20_000, "TARGET_UPDATE": 8_000, "EPS_END": 0.01, "EPS_DECAY": 250_000}
 QUANTILES = {"QUANTILES": 64, "LEARNING_RATE": 1e-4}
 FULL = FAST | QUANTILES | {"PRIORITIZED": True, "DOUBLE_DQN": True, "N_STEP": 3}
+NORM = {"LAYER_NORM": True, "ADAM_EPS": 1e-8}
 BOLD = FULL | {"QUANTILES": 1, "LEARNING_RATE": 2.5e-4}
 
 RECIPES = {  # name: the constants of main.py that it changes, and the question it is to answer
     "shipped": {},  # what do the defaults reach?
     "update-4": {"POLICY_UPDATE": 4},  # do twice as many updates, as is usual, bring more ...
     "update-16": {"POLICY_UPDATE": 16},  # ... or are half as many enough?
-    "layer-norm": {"LAYER_NORM": True, "ADAM_EPS": 1e-8},  # do normalised layers let the same updates teach more?
-    "c51": {"LAYER_NORM": True, "ADAM_EPS": 1e-8, "ATOMS": 51},  # do distributions go on where others stand still ...
+    "layer-norm": NORM,  # do normalised layers let the same updates teach more?
+    "layer-norm-c51": NORM | {"ATOMS": 51},  # and do distributions of the return go on where others stand still ...
     "shipped-quantiles": QUANTILES,  # ... and as quantiles, slow in their first 400k steps?
     "classic-uniform": CLASSIC,  # at least 19.0 on Breakout at 800k steps?
     "classic-prioritized": PRIORITIZED,  # never below uniform, per step and per minute?

@@ -825,6 +825,22 @@ def test_load_refuses_a_file_of_another_network(tmp_path, written, wanted):
     assert_refused(tmp_path / "model", Agent(ACTIONS, **wanted))
 
 
+def test_models_from_before_there_were_atoms_and_norms_load(tmp_path):
+    agent, twin = make_agent(dtype=torch.float32), Agent(ACTIONS)
+    agent.save(tmp_path / "model")
+    content = torch.load(tmp_path / "model", weights_only=True)
+    del content["shape"]["atoms"], content["shape"]["layer_norm"]
+    torch.save(content, tmp_path / "model")
+    twin.load(tmp_path / "model")
+    assert same(snapshot(agent.policy), snapshot(twin.policy))
+    assert_refused(tmp_path / "model", Agent(ACTIONS, atoms=7))
+
+
+def test_v_max_tells_nothing_apart_where_there_are_no_atoms(tmp_path):
+    Agent(ACTIONS, v_max=20.0).save(tmp_path / "model")
+    Agent(ACTIONS).load(tmp_path / "model")
+
+
 def test_load_tells_three_actions_of_two_quantiles_from_two_actions_of_three(tmp_path):
     Agent(3, quantiles=2).save(tmp_path / "model")  # the parameters have the same shapes
     assert_refused(tmp_path / "model", Agent(2, quantiles=3))

@@ -312,6 +312,16 @@ def test_the_interval_knows_the_spread_of_games_and_of_seeds(benchmark, seeds, g
     assert (high - low) / 2 == pytest.approx(1.96 * error, rel=0.1)
 
 
+def test_the_agent_whose_speed_is_measured_is_that_of_the_constants(benchmark, monkeypatch):
+    constants = {"DUELING": True, "LAYER_NORM": True, "ATOMS": 5, "V_MAX": 3.0, "STACK_SIZE": 3, "DOUBLE_DQN": False}
+    for name, value in constants.items():
+        monkeypatch.setattr(main, name, value)
+    agent = benchmark("throughput").make_agent(torch.device("cpu"))
+    told = {"action_dim": 4, "stack_size": 3, "dueling": True, "layer_norm": True, "atoms": 5, "v_max": 3.0}
+    assert agent.shape == told | {"quantiles": 1}
+    assert not agent.double_dqn
+
+
 def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_teach_more(
     benchmark, monkeypatch, tmp_path, capsys
 ):
@@ -325,12 +335,13 @@ def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_
     monkeypatch.setattr(fit, "TEST", 200)
     models = tmp_path / "models"
     files = [str(models / "checkpoint_0000000200"), str(models / "model_001")]
-    command = ["fit.py", *files, "--recipes", "shipped", "layer-norm", "--updates=60", "--BATCH_SIZE=16"]
+    command = ["fit.py", *files, "--recipes", "layer-norm", "layer-norm-c51", "--updates=60", "--BATCH_SIZE=16"]
     monkeypatch.setattr(sys, "argv", command)
     fit.bench()
     heading, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert heading == ["updates", "1", "60"]
-    assert [row[0] for row in rows] == ["shipped", "layer-norm"]
+    assert [row[0] for row in rows] == ["layer-norm", "layer-norm-c51"]
+    assert rows[0][1:] != rows[1][1:]
     assert all(float(last) < float(first) for _, first, last in rows)
     checkpoint, model = files
     for wrong, reason in [

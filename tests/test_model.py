@@ -264,6 +264,7 @@ def test_bfloat16_body_stays_near_float32_and_keeps_a_float32_output(options):
     with torch.no_grad():
         values, expected = model(make_states(16)), exact(make_states(16))
     assert values.dtype == torch.float32
+    assert model.distribution.means(values).dtype == torch.float32
     assert not torch.equal(values, expected)  # the body does use the coarser numbers
     assert (values - expected).norm() < 0.02 * expected.norm()
 
