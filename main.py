@@ -20,11 +20,12 @@ from utils_drl import Agent
 from utils_env import AtariEnv
 from utils_log import Log
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
+from utils_types import Transition
 
 # The experiment
 GAME: str = "breakout"  # any game of ale-py; ALE/Breakout-v5 and BreakoutNoFrameskip-v4 mean the same one
 SEED: int = 0  # same seed, same run (on a CPU bit for bit)
-MAX_STEPS: int = 10_000_000  # steps; 50_000_000 are the 200M frames of Mnih et al. 2015
+MAX_STEPS: int = 10_000_000  # steps; a finished run goes on with more; 50_000_000 are the 200M frames of Mnih et al.
 NUM_ENVS: int = 32  # games in step; more of them feed the emulators' threads better, and learn in coarser turns
 STACK_SIZE: int = 4  # frames the agent sees, so that it sees motion
 FRAME_SKIP: int = 4  # emulator frames per step
@@ -35,7 +36,7 @@ EPS_START: float = 1.0  # probability of a random action at first
 EPS_END: float = 0.01  # probability of a random action in the end
 EPS_DECAY: int = 250_000  # steps of training over which it falls, linearly
 BATCH_SIZE: int = 32  # transitions per update
-POLICY_UPDATE: int = 8  # steps per update; the usual 4 scored less on Breakout at 800k steps, in 1.6 times the time
+POLICY_UPDATE: int = 8  # steps per update; the usual 4 scored less on Breakout at 800k steps, in 1.9 times the time
 TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target network
 WARM_STEPS: int = 20_000  # steps of random play before learning starts
 MEM_SIZE: int = 1_000_000  # steps the replay memory keeps, 7.1 kB each: 7.1 GB; 100_000 learned less
@@ -43,7 +44,8 @@ LEARNING_RATE: float = 2.5e-4  # of Adam
 ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
 PRIORITIZED: bool = True  # replay surprising transitions more often (Schaul et al. 2016)
 ALPHA: float = 0.5  # how much more often: 0 is uniform, 1 in proportion to the TD error
-BETA_START: float = 0.4  # how far importance weights correct for it at first; 1 (fully) after MAX_STEPS
+BETA_START: float = 0.4  # how far importance weights correct for it at first ...
+BETA_STEPS: int = 2_000_000  # ... and steps until they do so fully, linearly
 DOUBLE_DQN: bool = True  # the policy network chooses the action that the target network values
 DUELING: bool = False  # separate streams for the state's value and the actions' advantages
 N_STEP: int = 3  # rewards summed before bootstrapping
@@ -92,38 +94,8 @@ def train(
 ) -> None:
     """Train an agent of `dtype` on `device` with a memory in `storage`, from where `run` stands to MAX_STEPS."""
     env = AtariEnv(GAME, NUM_ENVS, device, stack_size=STACK_SIZE, frame_skip=FRAME_SKIP)
-    agent = Agent(
-        env.get_action_dim(),
-        device,
-        stack_size=STACK_SIZE,
-        learning_rate=LEARNING_RATE,
-        adam_eps=ADAM_EPS,
-        eps_start=EPS_START,
-        eps_end=EPS_END,
-        eps_decay=EPS_DECAY,
-        double_dqn=DOUBLE_DQN,
-        dueling=DUELING,
-        quantiles=QUANTILES,
-        atoms=ATOMS,
-        v_max=V_MAX,
-        layer_norm=LAYER_NORM,
-        dtype=dtype,
-        graphs=CUDA_GRAPHS,
-        seed=SEED,
-    )
-    priorities = {"alpha": ALPHA, "beta_start": BETA_START, "beta_steps": MAX_STEPS} if PRIORITIZED else {}
-    memory = Memory(
-        MEM_SIZE,
-        NUM_ENVS,
-        stack_size=STACK_SIZE,
-        n_step=N_STEP,
-        gamma=GAMMA,
-        device=storage,
-        learner_device=device,
-        seed=SEED,
-        **priorities,
-    )
-
+    agent = make_agent(env.get_action_dim(), device, dtype)
+    memory = make_memory(Memory, MEM_SIZE, storage, device)
     loss = None
 
     def evaluate(step: int) -> None:
@@ -142,37 +114,74 @@ def train(
             run.report(number, step, scores)
             log.evaluated()
 
-    def restart(step: int) -> torch.Tensor:
-        """Start the games and all random numbers anew, from SEED and `step` alone, and return the games' states."""
+    def restart(step: int) -> tuple[torch.Tensor, Transition]:
+        """Start the games and all random numbers anew, from SEED and `step` alone; the games' states and first row."""
         with log.pause(step, "starting the games"):
             agent.reseed([SEED, step, 2])
             memory.reseed([SEED, step, 3])
-            states, row = env.reset(seed=[SEED, step, 0])
-            memory.push(row)
-        return states
+            return env.reset(seed=[SEED, step, 0])
 
     start = run.resume(agent, memory)
     with Log(run, env, agent, memory, start, globals()) as log:
         evaluate(start)
-        states = restart(start)
+        states, row = restart(start)
         for step in range(start + NUM_ENVS, MAX_STEPS + NUM_ENVS, NUM_ENVS):
-            training = len(memory) > WARM_STEPS
+            training = len(memory) >= WARM_STEPS
             actions = agent.run(states, training)  # the only wait for the device: it hands over the actions ...
             env.send(actions)  # ... the emulators start on their own threads ...
+            memory.push(row)  # ... and meanwhile what led here is remembered ...
             if due(step, SHOW_FREQ):
                 run.check(step, loss)
                 log.show(step, loss)
             if training and (updates := due(step, POLICY_UPDATE)):
-                loss = agent.learn(memory, BATCH_SIZE, updates)  # ... and the learner works meanwhile
+                loss = agent.learn(memory, BATCH_SIZE, updates)  # ... and the learner works
             states, row = env.recv()
-            memory.push(row)
             if due(step, TARGET_UPDATE):
                 agent.sync()
             evaluate(step)
             if run.due(step):  # a checkpoint
                 log.settle(step)
                 run.save(step, loss)
-                states = restart(step)
+                states, row = restart(step)
+
+
+def make_agent(action_dim: int, device: torch.device, dtype: torch.dtype) -> Agent:
+    """The agent of the constants."""
+    return Agent(
+        action_dim,
+        device,
+        stack_size=STACK_SIZE,
+        learning_rate=LEARNING_RATE,
+        adam_eps=ADAM_EPS,
+        eps_start=EPS_START,
+        eps_end=EPS_END,
+        eps_decay=EPS_DECAY,
+        double_dqn=DOUBLE_DQN,
+        dueling=DUELING,
+        quantiles=QUANTILES,
+        atoms=ATOMS,
+        v_max=V_MAX,
+        layer_norm=LAYER_NORM,
+        dtype=dtype,
+        graphs=CUDA_GRAPHS,
+        seed=SEED,
+    )
+
+
+def make_memory(Memory: type[ReplayMemory], capacity: int, storage: torch.device, device: torch.device) -> ReplayMemory:
+    """The replay memory of the constants, but for its capacity, in `storage` for a learner on `device`."""
+    priorities = {"alpha": ALPHA, "beta_start": BETA_START, "beta_steps": BETA_STEPS}
+    return Memory(
+        capacity,
+        NUM_ENVS,
+        stack_size=STACK_SIZE,
+        n_step=N_STEP,
+        gamma=GAMMA,
+        device=storage,
+        learner_device=device,
+        seed=SEED,
+        **(priorities if issubclass(Memory, PrioritizedReplayMemory) else {}),
+    )
 
 
 SHOW_FREQ = 1_000  # steps between looks at how things stand; the device is idle then, so they cost next to nothing

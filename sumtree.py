@@ -70,8 +70,10 @@ class SumTree:
         change = change[:, None] * (1 - (blocks & 1))  # odd blocks have no node of their own
         self._nodes.index_add_(0, ((blocks + 1) << self._levels).flatten(), change.flatten())
 
-    def priorities(self, indices: Tensor) -> Tensor:
-        """The priorities [B] float64 of the leaves `indices` [B]."""
+    def priorities(self, indices: Tensor | None = None) -> Tensor:
+        """The priorities [B] float64 of the leaves `indices` [B], by default of all of them."""
+        if indices is None:
+            return self._leaves.double() / ONE
         self._check_indices(indices)
         return self._leaves[indices].double() / ONE
 

@@ -26,7 +26,6 @@ from utils_memory import ReplayMemory, free_bytes
 
 HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py")  # that decide what a run does
-NETWORKS = 100 << 20  # bytes in a checkpoint beside the replay memory, rather too many
 
 MOST = {  # far beyond what is useful, and short of what the machine or the emulators would choke on
     "NUM_ENVS": 4096,
@@ -115,7 +114,7 @@ def override(module: dict, arguments: list[str]) -> None:
 
     A constant is an annotated upper-case name. Spelling is free in case and in - or _. Raises ConfigError.
     """
-    description = module["__doc__"].partition(":")[0]
+    description = module["__doc__"].partition(":")[0] + ". In brackets: the default."
     parser = _Parser(usage="python main.py [--CONSTANT=value ...]", description=description, allow_abbrev=False)
     comments = _comments(module["__file__"])
     types = constants(module)
@@ -218,9 +217,10 @@ def _check(c: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"GAME: {error}") from None
     positive = (
-        "MAX_STEPS NUM_ENVS STACK_SIZE FRAME_SKIP EPS_DECAY BATCH_SIZE POLICY_UPDATE TARGET_UPDATE WARM_STEPS MEM_SIZE"
+        "MAX_STEPS NUM_ENVS STACK_SIZE FRAME_SKIP EPS_DECAY BETA_STEPS BATCH_SIZE POLICY_UPDATE TARGET_UPDATE "
+        "WARM_STEPS MEM_SIZE N_STEP QUANTILES ATOMS EVALUATE_FREQ EVAL_EPISODES"
     )
-    for name in (*positive.split(), "N_STEP", "QUANTILES", "ATOMS", "EVALUATE_FREQ", "EVAL_EPISODES"):
+    for name in positive.split():
         need(getattr(c, name) >= 1, f"{name} must be at least 1, not {getattr(c, name)}")
     for name, most in MOST.items():
         need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
@@ -330,14 +330,16 @@ def make_fit(mem_size: float) -> str:
 
 def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
     """A sentence on the disk space that checkpoints of such a memory take. Raises ConfigError if it is not there."""
-    size = memory_bytes + NETWORKS
+    outputs = max(constants["QUANTILES"], constants["ATOMS"])
+    networks = 16 * ((4 << 20) + 19 * 513 * outputs)  # two and Adam's moments, in float32, of 18 actions, dueling
+    size = memory_bytes + networks
     most = 3  # two, and one being written
     there = (*directory.glob("checkpoint_" + 10 * "[0-9]"), *directory.glob("checkpoint_*.tmp"))  # they make way
     free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in there)
     needed = f"{size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
     sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
-        remedy = make_fit((free / most - NETWORKS) / memory_bytes * constants["MEM_SIZE"])
+        remedy = make_fit((free / most - networks) / memory_bytes * constants["MEM_SIZE"])
         raise ConfigError(f"{sentence}; {remedy}")
     return sentence
 

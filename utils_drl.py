@@ -152,7 +152,7 @@ class Agent:
         self._use_graphs = graphs and self.device.type == "cuda"
         self._dtype = dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
-        with torch.random.fork_rng(devices=[]):  # torch's own stream stays as it was
+        with torch.random.fork_rng(devices=[]):  # torch's own stream on the CPU stays as it was
             torch.manual_seed(seed)
             self.policy, self.target = (DQN(**self.shape, dtype=exact).to(self.device) for _ in range(2))
             self._rounded = None if dtype == exact else DQN(**self.shape, dtype=dtype).to(self.device)
@@ -242,7 +242,8 @@ class Agent:
             try:
                 graph.record()
             except RuntimeError as error:
-                reason = str(error.__context__ or error).strip().splitlines()[0]  # to end a broken recording fails too
+                error = error.__context__ or error  # to end a broken recording fails too
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
                 print(f"CUDA graphs do not work here, going on without them, slower: {reason}", file=sys.stderr)
                 self._use_graphs = False
                 return function()
@@ -293,8 +294,7 @@ class Agent:
     def sync(self) -> None:
         """Copy the policy network into the target network."""
         with torch.no_grad():
-            for target, policy in zip(self.target.parameters(), self.policy.parameters(), strict=True):
-                target.copy_(policy)
+            copy_all(self.target.parameters(), self.policy.parameters())
 
     def read_statistics(self) -> dict[str, float]:
         """STATISTICS since they were last read: means over the last update of each turn. Waits for the device.
@@ -340,6 +340,17 @@ class Agent:
         weights = {name: weight.cpu() for name, weight in self.policy.state_dict().items()}  # loads on any machine
         write_whole(path, lambda file: torch.save({"about": about, "shape": self.shape, "weights": weights}, file))
 
+    @classmethod
+    def from_model(cls, path: str | os.PathLike, device: torch.device | str = "cpu", **options) -> tuple["Agent", dict]:
+        """An agent with the network that `save` wrote, and what was saved `about` it. Raises as `read_model` does.
+
+        `options` are those of the agent that do not shape its network; for a file that names no network, TypeError.
+        """
+        about, shape, weights = read_model(path, device)
+        agent = cls(device=device, **shape, **options)
+        agent._adopt(path, weights)
+        return agent, about
+
     def load(self, path: str | os.PathLike) -> dict:
         """Load weights that `save` wrote into both networks and return what was saved `about` them.
 
@@ -348,12 +359,15 @@ class Agent:
         about, shape, weights = read_model(path, self.device)
         if shape != self.shape:
             raise ValueError(f"{os.fspath(path)} holds a network of {shape}, this one is of {self.shape}")
+        self._adopt(path, weights)
+        return about
+
+    def _adopt(self, path: str | os.PathLike, weights: dict[str, Tensor]) -> None:
         mine = self.policy.state_dict()
         if {name: weight.shape for name, weight in weights.items()} != {name: w.shape for name, w in mine.items()}:
             raise ValueError(f"{os.fspath(path)} holds weights that do not fit the network it names")
         self.policy.load_state_dict(weights)
         self.sync()
-        return about
 
 
 EARLIER = {"atoms": 1, "layer_norm": False}  # the shape of models from before there was a choice

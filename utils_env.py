@@ -25,24 +25,24 @@ FRAMES_PER_SECOND = 60
 
 
 def normalize_game(name: str) -> str:
-    """The ROM's name for any usual spelling: Breakout, ALE/Breakout-v5, BreakoutNoFrameskip-v4, breakout.
+    """The ROM's name for any usual spelling: Ms. Pac-Man, ALE/MsPacman-v5, MsPacmanNoFrameskip-v4, ms_pacman.
 
-    Raises ValueError, naming the nearest game, for one that ale-py does not ship or that needs two players.
+    Raises ValueError for one that ale-py does not ship, naming those that are near, or that needs two players.
     """
     games = sorted(set(roms.get_all_rom_ids()) - set(TWO_PLAYERS_ONLY))
     squeezed = {game.replace("_", ""): game for game in games}
     plain = name.split("/")[-1].split("-v")[0].split("-ram")[0]
     for suffix in ("NoFrameskip", "Deterministic"):
         plain = plain.removesuffix(suffix)
-    plain = plain.lower().replace("_", "").replace("-", "").replace(" ", "")
+    plain = "".join(filter(str.isalnum, plain.lower()))
     if plain in squeezed:
         return squeezed[plain]
     if plain in (game.replace("_", "") for game in TWO_PLAYERS_ONLY):
         raise ValueError(f"the game {name!r} needs two players")
     if not plain:
         raise ValueError("the name of the game is empty")
-    nearest = difflib.get_close_matches(plain, squeezed, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no game {name!r}; the nearest is {squeezed[nearest]!r}")
+    near = [repr(squeezed[match]) for match in difflib.get_close_matches(plain, squeezed)]
+    raise ValueError(f"there is no game {name!r}" + (f"; is it {' or '.join(near)}?" if near else ""))
 
 
 class AtariEnv:

@@ -150,7 +150,7 @@ class Log:
     def _say(self, step: int, words: str) -> None:
         """Tell it in the bar, or in a line."""
         if self._bar.disable:
-            print(f"step {step:,} of {self._total:,}: {words}", file=sys.stderr)
+            print(f"step {min(step, self._total):,} of {self._total:,}: {words}", file=sys.stderr)
             return
         self._bar.n = min(step, self._total)
         self._bar.set_description_str(fit(words, shutil.get_terminal_size().columns - len("100.0% ") - 1))

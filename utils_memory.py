@@ -10,8 +10,9 @@ A transition may be sampled while its whole stack and its n-step window are ther
 `stack_size - 1` oldest rows, whose stacks the write head has begun to overwrite, and the `n_step` newest. It also
 leaves out the step after a game's end: its action was ignored and led to another game's first frame (age 0).
 
-Everything that changes from step to step is a tensor on the memory's device. Where that is the learner's device no
-method waits for it; a memory in RAM beside a learner on a GPU waits for each row and for the TD errors.
+Everything that changes from step to step is a tensor on the memory's device. Where that is the learner's device, push,
+sample, gather and update_priorities do not wait for it; a memory in RAM beside a learner on a GPU waits for each row
+and for the TD errors.
 """
 
 import os
@@ -318,8 +319,8 @@ class PrioritizedReplayMemory(ReplayMemory):
         The effective sample size (Kish 1965) is the number of transitions if all were drawn equally often, and less the
         more some of them dominate. The mean age is that of the draws, in steps since they were stored.
         """
+        priorities = self._tree.priorities()
         slots = torch.arange(self.capacity, device=self.device)
-        priorities = self._tree.priorities(slots)
         ages = (self._count * self.num_envs - 1 - slots) % self.capacity
         total = priorities.sum()
         statistics = {

@@ -17,10 +17,10 @@ from utils_drl import write_whole
 
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
-FREE = ("THREADS", "CUDA_GRAPHS", "RENDER")  # constants that may change in mid-run; the first two change rounding
+FREE = ("MAX_STEPS", "RENDER", "THREADS", "CUDA_GRAPHS")  # constants that may change; the last two change rounding
 UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
 ELSEWHERE = (
-    "start in another directory, with a SAVE_PREFIX of its own, "
+    "start in another directory (and with another SAVE_PREFIX, if that is a place of its own), "
     f"or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
 )
 
@@ -48,6 +48,18 @@ class Record:
         mark = self.models / OWNER
         return mark.exists() and mark.read_bytes() == self.run.encode()
 
+    def go_on(self, values: dict) -> None:
+        """Take over `values`, which differ in FREE at most. Raises Stopped or ConfigError if MAX_STEPS is reached."""
+        steps = values["MAX_STEPS"]
+        if self.finished is not None and steps <= self.finished:
+            told = f"this run is finished, at step {self.finished:,}; a larger MAX_STEPS goes on with it, another run"
+            told += f" starts elsewhere; its best model has a mean score of {self.score:.1f}, watch it with: "
+            raise Stopped(told + watch(self.models / self.best), 0)
+        if steps < (self.checkpoint or 0):
+            raise ConfigError(f"MAX_STEPS ({steps}) is behind this run, whose checkpoint is of step {self.checkpoint}")
+        self.constants = values
+        self.finished = self.best = self.score = None
+
     def write(self) -> None:
         """Write it to run.json, whole or not at all, and its mark beside the models. Raises OSError."""
         write_whole(self.models / OWNER, lambda file: file.write(self.run.encode()))
@@ -59,8 +71,9 @@ class Record:
 def claim(values: dict, stack: contextlib.ExitStack) -> Record:
     """The record of the run of constants `values` in the current directory and SAVE_PREFIX, as it stands or new.
 
-    Both are locked until `stack` closes. A run that has learned nothing makes way for one of other constants. Raises
-    ConfigError where results would mix with others, Stopped for a run that is over, and OSError where none can go.
+    Both are locked until `stack` closes. A run that has learned nothing makes way for one of other constants, and a
+    finished one goes on where MAX_STEPS has grown. Raises ConfigError where results would mix with others or MAX_STEPS
+    lies behind the run, Stopped for a run that is over, and OSError where none can go.
     """
     _lock(Path("."), stack)
     there, new = _read(), Record(uuid.uuid4().hex, values)
@@ -69,10 +82,8 @@ def claim(values: dict, stack: contextlib.ExitStack) -> Record:
             raise ConfigError(f"the run in this directory has {change}; give it the same, or {ELSEWHERE}")
         print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
         there = None
-    if there and there.finished is not None:
-        told = f"this run is finished, at step {there.finished:,}; start another one elsewhere"
-        told += f"; its best model has a mean score of {there.score:.1f}, watch it with: "
-        raise Stopped(told + watch(there.models / there.best), 0)
+    if there:
+        there.go_on(values)
     new.models.mkdir(parents=True, exist_ok=True)
     stack.callback(_remove_empty, new.models)
     if not new.models.samefile("."):

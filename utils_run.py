@@ -168,7 +168,10 @@ class Run:
             self.leave()
 
     def finish(self) -> None:
-        """After the last step."""
+        """After the last step: keep what a larger MAX_STEPS would go on from."""
+        if self._record.checkpoint != self._step:
+            print("writing the last checkpoint", file=sys.stderr)
+            self._save()
         best = best_of(self.evaluations)
         self._record.finished, self._record.best, self._record.score = self._step, best.model, best.mean
         self._record.write()
@@ -197,7 +200,8 @@ class Run:
         number = self._signal or signal.SIGINT  # which may come before on_signal knows of it
         name, status = signal.Signals(number).name, 128 + number
         if not self._resumed or self._step == 0:
-            raise Stopped(f"stopped before the first step by {name}; start again with: {command_line()}", status)
+            where = "before the first step" if self._resumed else "while starting, nothing is changed,"
+            raise Stopped(f"stopped {where} by {name}; start again with: {command_line()}", status)
         if self._record.checkpoint != self._step:
             self._save()
         raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", status)
@@ -213,8 +217,10 @@ class Run:
         return sorted(self.models.glob("checkpoint_" + 10 * "[0-9]"))
 
     def _save(self) -> None:
-        state = {"run": self._record.run, "constants": self._constants, "step": self._step}
-        state |= {"minutes": self._minutes(), "evaluations": [tuple(evaluation) for evaluation in self.evaluations]}
+        state = {"run": self._record.run, "constants": self._constants, "step": self._step, "minutes": self._minutes()}
+        # One at the end of a run may lie off the beat; a longer run has none there, and gives its number to the next.
+        regular = [each for each in self.evaluations if each.number == each.step // self._constants["EVALUATE_FREQ"]]
+        state["evaluations"] = [tuple(evaluation) for evaluation in regular]
         state |= {"agent": self._agent.state_dict(), "memory": self._memory.state_dict()}
         write_whole(self._path(self._step), lambda file: torch.save(state, file))
         self._record.checkpoint = self._step

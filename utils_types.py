@@ -70,5 +70,5 @@ class Evaluation(NamedTuple):
 
 
 def best_of(evaluations: list[Evaluation]) -> Evaluation:
-    """The first of those with the highest mean score."""
-    return max(evaluations, key=lambda evaluation: evaluation.mean)
+    """The last of those with the highest mean score."""
+    return max(reversed(evaluations), key=lambda evaluation: evaluation.mean)

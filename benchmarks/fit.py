@@ -22,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from learning import flags, resolve
 from recipes import RECIPES
 
+import main
 import utils_config
-from utils_drl import Agent, read_model
+from utils_drl import Agent
 from utils_memory import ReplayMemory
 from utils_types import Batch
 
@@ -70,6 +71,7 @@ def bench() -> None:
     asked, overrides = parser.parse_known_args()
     try:
         machine = resolve(overrides)
+        recipes = {recipe: resolve([*flags(RECIPES[recipe]), *overrides]) for recipe in asked.recipes}
     except utils_config.ConfigError as error:
         parser.error(str(error))
     device = utils_config.choose_device(machine["DEVICE"])
@@ -81,12 +83,16 @@ def bench() -> None:
     except Exception as error:  # what is no checkpoint raises any of a dozen kinds
         parser.error(f"{asked.checkpoint} is not a checkpoint of this program: {error or type(error).__name__}")
     try:
-        teacher = Agent(device=device, dtype=dtype, graphs=False, **read_model(asked.model)[1])
-        teacher.load(asked.model)
+        teacher, _ = Agent.from_model(asked.model, device, dtype=dtype, graphs=False)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    sizes = {"stack_size": run["STACK_SIZE"], "n_step": run["N_STEP"], "gamma": run["GAMMA"]}
-    memory = ReplayMemory(run["MEM_SIZE"], run["NUM_ENVS"], **sizes, device=device)
+    of_memory = {name: run[name] for name in ("NUM_ENVS", "STACK_SIZE", "N_STEP", "GAMMA")}
+    vars(main).update(of_memory)
+    try:
+        storage, _ = utils_config.choose_storage(device, ReplayMemory, run["MEM_SIZE"], run["NUM_ENVS"])
+    except utils_config.ConfigError as error:
+        parser.error(str(error))
+    memory = main.make_memory(ReplayMemory, run["MEM_SIZE"], storage, device)
     memory.load_state_dict(state)
     del saved, state
     lesson = Lesson(memory, teacher)
@@ -94,25 +100,11 @@ def bench() -> None:
     test = lesson.sample(TEST)
 
     stops = sorted({stop for stop in AFTER if stop < asked.updates} | {asked.updates})
-    width = max(map(len, asked.recipes))
+    width = max(map(len, recipes))
     print(f"{'updates':{width}}" + "".join(f"{stop:8,}" for stop in stops))
-    for recipe in asked.recipes:
-        constants = resolve([*flags(RECIPES[recipe]), *overrides])
-        agent = Agent(
-            teacher.action_dim,
-            device,
-            stack_size=run["STACK_SIZE"],
-            learning_rate=constants["LEARNING_RATE"],
-            adam_eps=constants["ADAM_EPS"],
-            dueling=constants["DUELING"],
-            layer_norm=constants["LAYER_NORM"],
-            quantiles=constants["QUANTILES"],
-            atoms=constants["ATOMS"],
-            v_max=constants["V_MAX"],
-            dtype=dtype,
-            graphs=constants["CUDA_GRAPHS"],
-            seed=constants["SEED"],
-        )
+    for recipe, constants in recipes.items():
+        vars(main).update(constants | of_memory)
+        agent = main.make_agent(teacher.action_dim, device, dtype)
         memory.reseed([constants["SEED"], 1])
         print(f"{recipe:{width}}", end="", flush=True)
         done = 0

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All that a CUDA GPU has to settle, in about ten minutes: bash benchmarks/gpu.sh [DIRECTORY]
-# The tests that need one, the throughput table (with Stable-Baselines3 if it is installed), a million steps of Breakout.
+# All that a CUDA GPU has to settle, in ten minutes or little more: bash benchmarks/gpu.sh [DIRECTORY]
+# The tests that need one, the throughput tables of the defaults and of the classic recipe (with Stable-Baselines3 if it
+# is installed), a million steps of Breakout.
 # Everything is printed and kept in DIRECTORY, by default results/gpu, which must hold no run yet. It takes 22 GB of disk
 # for a while. The exit status is that of the first that failed.
 set -uo pipefail
@@ -13,7 +14,10 @@ mkdir "$out/breakout" || exit  # a finished run would not run again
 python -m pytest -o addopts= -m gpu -q 2>&1 | tee "$out/tests.txt" || status=$?
 
 peers=$(python -c 'import stable_baselines3' 2>/dev/null && echo --peers)
-python benchmarks/throughput.py $peers --rounds 2 --json "$out/throughput.json" 2>&1 | tee "$out/throughput.txt" || status=${status/#0/$?}
+for recipe in shipped classic-uniform; do
+    python benchmarks/throughput.py --recipe $recipe $([ $recipe = shipped ] || echo $peers) --rounds 2 \
+        --json "$out/throughput-$recipe.json" 2>&1 | tee "$out/throughput-$recipe.txt" || status=${status/#0/$?}
+done
 
 cd "$out/breakout" || exit
 start=$SECONDS

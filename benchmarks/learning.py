@@ -5,8 +5,9 @@
 
 Every run is `python main.py ...` in OUT/RECIPE-GAME-SEED, beside learning.json (its constants, machine and clock) and
 log.txt (what it said). The same command once more skips what is finished and starts the rest again; Ctrl-C stops the
-runs too. After each run the models of --at and of the last step play 30 more games (strict_NNN.json), and the curves,
-the picture and the table of all runs in OUT, and results/summary.csv, are brought up to date.
+runs too, and with more --steps finished ones go on. After each run the models of --at and of the last step play 30 more
+games (strict_NNN.json), and the curves, the picture, the table and summary.csv of all runs in OUT are brought up to
+date.
 """
 
 import argparse
@@ -21,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -64,16 +64,21 @@ def bench() -> int:
     """Train, evaluate and report what the command line asks for; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["shipped"], metavar="RECIPE")
-    parser.add_argument("--games", nargs="+", default=["breakout"], metavar="GAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--steps", type=int, default=800_000, help="length of each run")
-    parser.add_argument("--every", type=int, default=50_000, help="steps between evaluations")
+    of_recipes = {"nargs": "+", "choices": RECIPES, "default": ["shipped"], "metavar": "RECIPE"}
+    parser.add_argument(
+        "--recipes", **of_recipes, help="names in recipes.py (default shipped: the constants of main.py)"
+    )
+    parser.add_argument("--games", nargs="+", default=["breakout"], metavar="GAME", help="(default breakout)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED", help="(default 0)")
+    parser.add_argument("--steps", type=int, default=800_000, help="length of each run (default 800,000)")
+    parser.add_argument("--every", type=int, default=50_000, help="steps between evaluations (default 50,000)")
     parser.add_argument("--at", nargs="+", type=int, default=[], help="steps whose models are evaluated strictly too")
     parser.add_argument("--until", nargs="+", type=goal, default=[], metavar="GAME=SCORE", help="when was it reached?")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 with one thread each")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="directory of the runs")
-    parser.add_argument("--summary", type=Path, default=ROOT / "results" / "summary.csv", metavar="FILE")
+    parser.add_argument(
+        "--summary", type=Path, metavar="FILE", help="rows to bring up to date (default DIR/summary.csv)"
+    )
     asked, constants = parser.parse_known_args()
     try:
         runs = open_table(asked, constants)
@@ -83,7 +88,7 @@ def bench() -> int:
     def done(run: Run) -> None:
         for steps in sorted({*asked.at, asked.steps}):
             evaluate(run, steps)
-        report(asked.out, dict(asked.until), asked.summary)
+        report(asked.out, dict(asked.until), asked.summary or asked.out / "summary.csv")
 
     try:
         failed = train(runs, asked.jobs, done)
@@ -137,15 +142,16 @@ def resolve(arguments: list[str]) -> dict:
 def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
     """The run of `arguments`, as it stands or new. Raises ValueError, with a sentence, if another is in its place.
 
-    Only THREADS may be another than before: a start has the number given last, and the record tells that of the last.
+    Only THREADS and MAX_STEPS may be others than before, and the record tells those of the last start.
     """
     constants = resolve(arguments)
     directory = out / f"{recipe}-{constants['GAME']}-{constants['SEED']}"
     if (directory / "learning.json").exists():
         record = json.loads((directory / "learning.json").read_text())
         for name, value in record["constants"].items():
-            if name != "THREADS" and constants.get(name) != value:
+            if name not in ("THREADS", "MAX_STEPS") and constants.get(name) != value:
                 raise ValueError(f"{directory} has {name} {value}, not {constants.get(name)}; choose another --out")
+        record["constants"]["MAX_STEPS"] = constants["MAX_STEPS"]
         return Run(directory, record, arguments)
     if directory.exists():
         raise ValueError(f"{directory} is there already, without a learning.json; choose another --out")
@@ -237,16 +243,13 @@ def evaluate(run: Run, steps: int) -> None:
     result = run.directory / f"strict_{number:03d}.json"
     if result.exists():
         return
-    if constants["THREADS"]:
-        torch.set_num_threads(constants["THREADS"])
     device = utils_config.choose_device(constants["DEVICE"])
-    dtype = utils_config.choose_dtype(constants["PRECISION"], device)
+    dtype = utils_config.prepare(device, constants["PRECISION"], constants["THREADS"])
     model = run.directory / "models" / f"model_{number:03d}"
-    agent = Agent(device=device, dtype=dtype, **torch.load(model, weights_only=True)["shape"])
-    agent.load(model)
+    agent, _ = Agent.from_model(model, device, dtype=dtype, graphs=constants["CUDA_GRAPHS"])
     frames = {"stack_size": constants["STACK_SIZE"], "frame_skip": constants["FRAME_SKIP"]}
     env = AtariEnv(run.record["game"], 1, device, **frames)
-    seed = [constants["SEED"], steps, 2]  # training ends its seeds in 0 and 1
+    seed = [constants["SEED"], steps, 4]  # training ends its seeds in 0 to 3
     scores = {str(epsilon): env.evaluate(agent, STRICT_GAMES, epsilon, seed).tolist() for epsilon in STRICT_EPS}
     write(result, json.dumps({"steps": steps, "number": number, "seed": seed, "scores": scores}))
     means = ", ".join(f"{np.mean(values):.1f} at epsilon {epsilon}" for epsilon, values in scores.items())

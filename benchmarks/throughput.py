@@ -6,7 +6,7 @@ Every part is measured once per round, the parts in turn, so that a machine whos
 table gives medians over the rounds with the smallest and largest. What is measured is the classic recipe or another of
 recipes.py (`--recipe shipped` are the defaults), with each CONSTANT that is given. `--peers` adds Stable-Baselines3's
 DQN doing the work of the classic one (pip install -r benchmarks/requirements.txt): Breakout, an update of 32 every 4
-steps, the same threads.
+steps, the same threads. It computes in float32, so the loop is measured in that as well.
 """
 
 import argparse
@@ -65,6 +65,7 @@ def bench() -> None:
         "loop_prioritized": lambda: loop(True),
     }
     if arguments.peers:
+        parts["loop_float32"] = lambda: loop(False, PRECISION="float32")
         parts["sb3"] = stable_baselines3
     memories = {}  # first, because these may not fit
     for slots in (100_000, 1_000_000):
@@ -101,8 +102,8 @@ def learner(device: torch.device, kind: type[ReplayMemory]) -> float:
     return updates * main.POLICY_UPDATE * rate(lambda: agent.learn(memory, main.BATCH_SIZE, updates), device)
 
 
-def loop(prioritized: bool) -> float:
-    """Steps per second of main.main() while it trains, between its evaluations."""
+def loop(prioritized: bool, **others) -> float:
+    """Steps per second of main.main() while it trains, between its evaluations, with `others` of its constants."""
     warm, length = 4_000, 1_000_000
     constants = {
         "PRIORITIZED": prioritized,
@@ -113,7 +114,9 @@ def loop(prioritized: bool) -> float:
         "EVAL_EPS": 1.0,
         "EPS_START": main.EPS_END,
         "Log": Stopwatch,
+        **others,
     }
+    rounding = torch.backends.cudnn.conv.fp32_precision  # which float32 changes for the whole process
     before = {name: getattr(main, name) for name in constants}
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         vars(main).update(constants)
@@ -123,6 +126,7 @@ def loop(prioritized: bool) -> float:
             return enough.rate
         finally:
             vars(main).update(before)
+            torch.backends.cudnn.conv.fp32_precision = rounding
     raise RuntimeError("the loop ended before it was measured")
 
 
@@ -215,19 +219,7 @@ def wait(device: torch.device) -> None:
 
 def make_agent(device: torch.device) -> Agent:
     """An agent as main.main() makes it, for four actions."""
-    return Agent(
-        4,
-        device,
-        stack_size=main.STACK_SIZE,
-        double_dqn=main.DOUBLE_DQN,
-        dueling=main.DUELING,
-        layer_norm=main.LAYER_NORM,
-        quantiles=main.QUANTILES,
-        atoms=main.ATOMS,
-        v_max=main.V_MAX,
-        dtype=utils_config.choose_dtype(main.PRECISION, device),
-        graphs=main.CUDA_GRAPHS,
-    )
+    return main.make_agent(4, device, utils_config.choose_dtype(main.PRECISION, device))
 
 
 def random_frames(*shape: int) -> torch.Tensor:
@@ -241,7 +233,7 @@ def filled(kind: type[ReplayMemory], slots: int, device: torch.device) -> Replay
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what earlier parts left does not count as free otherwise
     place, _ = utils_config.choose_storage(device, kind, slots, games)
-    memory = kind(slots, games, n_step=main.N_STEP, device=place, learner_device=device)
+    memory = main.make_memory(kind, slots, place, device)
     row = Transition(
         random_frames(games).to(device),
         torch.zeros(games, dtype=torch.int64, device=device),
@@ -267,6 +259,7 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
     }
     if "sb3" in middle:
         ratios["loop / Stable-Baselines3"] = middle["loop_uniform"] / middle["sb3"]
+        ratios["the same, both in float32"] = middle["loop_float32"] / middle["sb3"]
     print()
     for name, value in ratios.items():
         print(f"{name:30}{value:7.2f}")

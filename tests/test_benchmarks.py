@@ -15,9 +15,10 @@ import pytest
 import torch
 
 import main
+import utils_config
 from utils_drl import Agent
 from utils_env import AtariEnv
-from utils_memory import ReplayMemory
+from utils_memory import PrioritizedReplayMemory, ReplayMemory
 
 BENCHMARKS = Path(main.__file__).parent / "benchmarks"
 LEARNER = {
@@ -179,6 +180,19 @@ rows(1, 2)
     assert arguments[0].replace("THREADS=2", "THREADS=3") == arguments[1]
 
 
+def test_a_finished_run_goes_on_when_more_steps_are_asked_for(bench, learning, monkeypatch, tmp_path):
+    code = """
+last = int(next(argument for argument in sys.argv if "MAX_STEPS" in argument).split("=")[1]) // 100
+Path("rewards.txt").unlink(missing_ok=True)
+rows(*range(last + 1))
+"""
+    stand_in(learning, monkeypatch, tmp_path, code)
+    for steps, reached in [(200, ["0", "1", "2"]), (400, ["0", "1", "2", "3", "4"]), (200, ["0", "1", "2", "3", "4"])]:
+        assert bench(f"--steps={steps}", "--every=100", *TINY) == 0
+        assert list(record(tmp_path, "shipped-breakout-0")["reached"]) == reached
+    assert (tmp_path / "runs" / "shipped-breakout-0" / "strict_004.json").exists()
+
+
 def test_jobs_work_side_by_side_with_one_thread_each(bench, learning, monkeypatch, tmp_path):
     code = """
 Path(f"../../here{seed}").touch()
@@ -244,7 +258,7 @@ def test_no_recipe_is_there_twice(learning):
     [
         (["--BATCH_SIZ=4"], "there is no constant BATCH_SIZ; the nearest is BATCH_SIZE"),
         (["--SEED=4"], "SEED is set by --games, --seeds"),
-        (["--games", "brekout"], "the nearest is 'breakout'"),
+        (["--games", "brekout"], "is it 'breakout'"),
         (["--at", "150"], "--at 150: there is an evaluation every 100 steps up to 200"),
         (["--until", "breakout"], "invalid goal value: 'breakout'"),
         (["--until", "breakout=20", "Breakout=40"], "--until: one score per game"),
@@ -322,14 +336,23 @@ def test_the_agent_whose_speed_is_measured_is_that_of_the_constants(benchmark, m
     assert not agent.double_dqn
 
 
+@pytest.mark.parametrize("memory", [ReplayMemory, PrioritizedReplayMemory])
+def test_the_learner_alone_is_measured_with_any_constants(benchmark, monkeypatch, memory):
+    throughput = benchmark("throughput")
+    monkeypatch.setattr(throughput, "WINDOW", 0.05)
+    for name, value in {"STACK_SIZE": 3, "NUM_ENVS": 5, "MEM_SIZE": 200, "BATCH_SIZE": 4, "ATOMS": 5}.items():
+        monkeypatch.setattr(main, name, value)
+    assert throughput.learner(torch.device("cpu"), memory) > 0
+
+
 def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_teach_more(
     benchmark, monkeypatch, tmp_path, capsys
 ):
     fit = benchmark("fit")
     monkeypatch.chdir(tmp_path)
     small = LEARNER | MACHINE | {"MAX_STEPS": 400, "EVALUATE_FREQ": 400, "CHECKPOINT_FREQ": 200, "N_STEP": 2}
-    for name, value in small.items():
-        monkeypatch.setattr(main, name, value)
+    for name in utils_config.constants(vars(main)):  # all of them, because fit.py sets what its recipes say
+        monkeypatch.setattr(main, name, small.get(name, getattr(main, name)))
     main.main()
     monkeypatch.setattr(fit, "AFTER", (1,))
     monkeypatch.setattr(fit, "TEST", 200)

@@ -672,11 +672,12 @@ def test_the_name_of_a_rom_stays(rom):
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
-        ("brekout", "'breakout'"),
+        ("brekout", "there is no game 'brekout'; is it 'breakout'"),
         ("ALE/Seaqest-v5", "'seaquest'"),
         ("MsPackmanNoFrameskip-v4", "'ms_pacman'"),
         ("", "empty"),
-        ("???", "nearest"),
+        ("???", "empty"),
+        ("nonsense", "^there is no game 'nonsense'$"),
     ],
 )
 def test_an_unknown_game_is_refused_with_the_nearest_name(name, nearest):

@@ -113,9 +113,18 @@ def test_a_memory_on_the_gpu_survives_a_checkpoint(kind):
         assert torch.equal(mine, its)
 
 
-@pytest.mark.parametrize("returns", [{}, {"quantiles": 8}, {"atoms": 51}], ids=["classic", "quantiles", "atoms"])
+NETWORKS = {
+    "classic": {},
+    "quantiles": {"quantiles": 8},
+    "atoms": {"atoms": 51},
+    "norms": {"layer_norm": True},
+    "atoms-norms": {"atoms": 51, "layer_norm": True},
+}
+
+
+@pytest.mark.parametrize("network", NETWORKS.values(), ids=NETWORKS)
 @pytest.mark.parametrize("dueling", [False, True])
-def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, returns):
+def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, network):
     generator = torch.Generator().manual_seed(0)
     batch = Batch(
         torch.randint(0, 256, (32, 4, 84, 84), dtype=torch.uint8, generator=generator),
@@ -145,7 +154,7 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, returns):
 
     errors, weights = [], []
     for device in ("cpu", CUDA):  # on the GPU the last updates are replays of a graph
-        agent = Agent(4, device, dueling=dueling, double_dqn=True, dtype=torch.float64, **returns)
+        agent = Agent(4, device, dueling=dueling, double_dqn=True, dtype=torch.float64, **network)
         memory = Memory(device)
         for _ in range(CudaGraph.WARM_UP + 4):
             agent.learn(memory, 32)
@@ -156,9 +165,9 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, returns):
         assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-9), name
 
 
-def trained(graphs, dtype, kind=PrioritizedReplayMemory, updates=(8,) * 125):
+def trained(graphs, dtype, kind=PrioritizedReplayMemory, updates=(8,) * 125, **network):
     """An agent after learning `updates` at a time from a memory of noise, what it drew, and the losses."""
-    agent = Agent(4, CUDA, double_dqn=True, dtype=dtype, graphs=graphs)
+    agent = Agent(4, CUDA, double_dqn=True, dtype=dtype, graphs=graphs, **network)
     memory = kind(600, 8, n_step=3, device=CUDA)
     drawn, losses = [], []
     for number, row in enumerate(rows(60 + len(updates), 8)):
@@ -171,12 +180,13 @@ def trained(graphs, dtype, kind=PrioritizedReplayMemory, updates=(8,) * 125):
     return agent, torch.cat(drawn).cpu(), torch.stack(losses).cpu()
 
 
+@pytest.mark.parametrize("network", [NETWORKS["classic"], NETWORKS["atoms-norms"]], ids=["classic", "atoms-norms"])
 @pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
-def test_graphs_learn_what_the_plain_path_learns(kind):
+def test_graphs_learn_what_the_plain_path_learns(kind, network):
     """From the same draws: what a graph draws from is the memory's generator and its tree of the moment."""
     updates = [2, 3] * 12  # two graphs take turns
     (plain, its_draws, its_losses), (fast, draws, losses) = (
-        trained(graphs, torch.float32, kind, updates) for graphs in (False, True)
+        trained(graphs, torch.float32, kind, updates, **network) for graphs in (False, True)
     )
     assert torch.equal(draws, its_draws)
     assert torch.allclose(losses, its_losses, rtol=1e-3, atol=1e-5)
@@ -185,15 +195,16 @@ def test_graphs_learn_what_the_plain_path_learns(kind):
         assert torch.allclose(mine, its, rtol=0, atol=1e-4)
 
 
-def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32():
+@pytest.mark.parametrize("network", [NETWORKS["classic"], NETWORKS["atoms-norms"]], ids=["classic", "atoms-norms"])
+def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32(network):
     (plain, _, its_losses), (fast, _, losses) = (
-        trained(graphs, dtype, ReplayMemory) for graphs, dtype in ((False, torch.float32), (True, torch.bfloat16))
+        trained(graphs, dtype, ReplayMemory, **network)
+        for graphs, dtype in ((False, torch.float32), (True, torch.bfloat16))
     )
-    assert (losses - its_losses).abs().mean() < 0.1 * its_losses.mean()
+    assert (losses - its_losses).abs().mean() < 0.2 * its_losses.mean()  # half of that on a CPU
     states = torch.stack([row.frames for row in rows(32, 4, seed=9)]).to(CUDA)
-    with torch.no_grad():
-        mine, its = fast.policy(states), plain.policy(states)
-    assert (mine - its).norm() < 0.1 * its.norm()
+    mine, its = fast.values(states), plain.values(states)
+    assert (mine - its).norm() < 0.3 * its.norm()  # half of that on a CPU
 
 
 def test_graphs_choose_the_actions_of_the_plain_path_also_after_learning():
@@ -251,7 +262,9 @@ def test_states_and_rows_arrive_whole_on_the_gpu_however_busy_it_is():
     ("prioritized", "graphs", "precision"),
     [(False, True, "auto"), (True, True, "auto"), (True, False, "auto"), (True, True, "float32")],
 )
-def test_a_whole_run_on_the_gpu_writes_its_results(monkeypatch, tmp_path, prioritized, graphs, precision):
+def test_a_whole_run_on_the_gpu_writes_its_results_and_goes_on_from_its_end(
+    monkeypatch, tmp_path, prioritized, graphs, precision
+):
     constants = {
         "PRIORITIZED": prioritized,
         "CUDA_GRAPHS": graphs,
@@ -266,8 +279,10 @@ def test_a_whole_run_on_the_gpu_writes_its_results(monkeypatch, tmp_path, priori
     monkeypatch.chdir(tmp_path)
     for name, value in constants.items():
         monkeypatch.setattr(main, name, value)
-    main.main()
-    assert len((tmp_path / "rewards.txt").read_text().splitlines()) == 3
+    for steps, rows_written in ((4_000, 3), (8_000, 5)):
+        monkeypatch.setattr(main, "MAX_STEPS", steps)
+        main.main()
+        assert len((tmp_path / "rewards.txt").read_text().splitlines()) == rows_written
 
 
 def test_a_resumed_agent_and_a_reseeded_memory_go_on_by_graphs_as_without():

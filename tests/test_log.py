@@ -550,13 +550,13 @@ def test_a_run_into_a_pipe_is_plain_lines_from_what_is_about_to_be_done_to_how_t
     assert (tmp_path / model).exists()
 
 
-def test_the_end_names_the_first_of_the_best_models_and_the_command_that_plays_it(monkeypatch, parts):
+def test_the_end_names_the_last_of_the_best_models_and_the_command_that_plays_it(monkeypatch, parts):
     monkeypatch.setattr(sys, "argv", ["/my code/main.py", "--SEED=1"])
     parts.models = Path("models")
     parts.evaluations = [Evaluation(n, 1_000 * n, 65.0 * n, [score]) for n, score in enumerate((1.0, 7.0, 7.0, 2.0))]
     assert utils_log.conclusion(parts).splitlines() == [
-        "finished after 3.2h; best mean score 7.0, of models/model_001; to watch it play:",
-        "python '/my code/main.py' --PLAY=models/model_001",
+        "finished after 3.2h; best mean score 7.0, of models/model_002; to watch it play:",
+        "python '/my code/main.py' --PLAY=models/model_002",
     ]
 
 
@@ -630,7 +630,7 @@ def columns(pixels: np.ndarray, colour: tuple[int, int, int], rows: int) -> int:
         (lambda path: path.mkdir(), "cannot read {path}: Is a directory"),
         (lambda path: path.write_bytes(save(path).read_bytes()[:5000]), "it is damaged"),
         (lambda path: Agent(4).save(path), "does not say for which game and network it is"),
-        (lambda path: Agent(4).save(path, game="brekout", frame_skip=4), "the nearest is 'breakout'"),
+        (lambda path: Agent(4).save(path, game="brekout", frame_skip=4), "is it 'breakout'"),
         (lambda path: Agent(6).save(path, game="breakout", frame_skip=4), "knows 6 actions, breakout has 4"),
         (lambda path: Agent(4).save(path, game=[], frame_skip=4), "does not say for which game and network it is"),
     ],

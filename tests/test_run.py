@@ -228,7 +228,8 @@ def test_a_signal_while_a_run_is_taken_up_again_ends_it_at_once(monkeypatch, run
         at_call(patch, owner, name, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         status, told = run_main(stopped)
     assert status == 143
-    assert told.splitlines()[-1] == "stopped before the first step by SIGTERM; start again with: python main.py"
+    words = "stopped while starting, nothing is changed, by SIGTERM; start again with: python main.py"
+    assert told.splitlines()[-1] == words
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
     assert run_main(stopped)[0] == 0
     assert kill_test.results(stopped) == kill_test.results(alone)
@@ -249,7 +250,7 @@ def test_a_start_that_came_to_nothing_makes_way_for_other_constants(
             run_main(begun, RENDER=True, SAVE_PREFIX="other")
     status, told = run_main(begun, MAX_STEPS=8)
     assert status == 0
-    assert "the run in this directory had MAX_STEPS=400, not 8, and SAVE_PREFIX=other, not " in told
+    assert "the run in this directory had SAVE_PREFIX=other, not " in told
     assert ", and no results: a new one takes its place" in told
     assert kill_test.results(begun) == kill_test.results(tmp_path / "alone")
     assert len(list((begun / "curves").iterdir())) == 1
@@ -286,8 +287,7 @@ def test_a_pipe_that_nobody_reads_any_more_ends_the_run_like_a_lost_terminal(tmp
     step = json.loads((tmp_path / "run.json").read_text())["checkpoint"]
     assert checkpoint.name == f"checkpoint_{step:010d}"
     assert step % kill_test.SMALL["CHECKPOINT_FREQ"] != 0, "not only the last regular one"
-    resets = 1 + step // kill_test.SMALL["CHECKPOINT_FREQ"]
-    rows = step // kill_test.SMALL["NUM_ENVS"] + resets
+    rows = step // kill_test.SMALL["NUM_ENVS"]  # the last row of each stretch is never stored, the first of each is
     assert torch.load(checkpoint, weights_only=True)["memory"]["pushed"] == rows, "between two iterations"
 
 
@@ -358,16 +358,36 @@ def test_a_finished_run_names_its_best_model_and_touches_nothing(run_main, tmp_p
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     status, told = run_main(tmp_path / "run", MAX_STEPS=250)
     rows = [row.split() for row in (tmp_path / "run" / "rewards.txt").read_text().splitlines()]
-    number, _, score = max(rows, key=lambda row: float(row[2]))
+    number, _, score = max(reversed(rows), key=lambda row: float(row[2]))
+    ways = "a larger MAX_STEPS goes on with it, another run starts elsewhere"
     best = f"its best model has a mean score of {score}, watch it with: python main.py --PLAY=models/model_00{number}"
-    assert (status, told) == (0, f"this run is finished, at step 252; start another one elsewhere; {best}\n")
+    assert (status, told) == (0, f"this run is finished, at step 252; {ways}; {best}\n")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_finished_run_goes_on_with_more_steps(run_main, tmp_path):
+    assert run_main(tmp_path / "alone")[0] == 0
+    assert run_main(tmp_path / "longer", MAX_STEPS=200)[0] == 0
+    status, told = run_main(tmp_path / "longer")
+    assert (status, "going on at step 200 from models/checkpoint_0000000200" in told) == (0, True)
+    assert kill_test.results(tmp_path / "longer") == kill_test.results(tmp_path / "alone")
+    record = json.loads((tmp_path / "longer" / "run.json").read_text())
+    assert (record["finished"], record["constants"]["MAX_STEPS"]) == (400, 400)
+
+
+def test_an_evaluation_at_an_end_off_the_beat_makes_way_when_the_run_goes_on(run_main, tmp_path):
+    assert run_main(tmp_path / "run", MAX_STEPS=250)[0] == 0
+    assert [row.split()[1] for row in (tmp_path / "run" / "rewards.txt").open()] == ["0", "200", "252"]
+    status, told = run_main(tmp_path / "run")
+    assert (status, "going on at step 252 from" in told) == (0, True)
+    assert [row.split()[1] for row in (tmp_path / "run" / "rewards.txt").open()] == ["0", "200", "400"]
+    assert torch.load(tmp_path / "run" / "models" / "model_002", weights_only=True)["about"]["step"] == 400
 
 
 def test_at_most_two_checkpoints_are_kept(run_main, tmp_path):
     run_main(tmp_path / "run")
     kept = sorted(path.name for path in (tmp_path / "run" / "models").glob("checkpoint*"))
-    assert kept == ["checkpoint_0000000200", "checkpoint_0000000300"]
+    assert kept == ["checkpoint_0000000300", "checkpoint_0000000400"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeypatch, run_main, tmp_path):
@@ -458,7 +478,7 @@ class Part:
 
 def constants(**values) -> dict:
     """A module's names, as open_run reads them."""
-    return {**vars(main), **RUN, **values}
+    return {**vars(main), **RUN, "EVALUATE_FREQ": 100, **values}
 
 
 def write(last: int, size: int = 1000, **values) -> None:
@@ -469,7 +489,7 @@ def write(last: int, size: int = 1000, **values) -> None:
             for step in range(run.resume(part, part) + 4, last + 4, 4):
                 part.numbers.fill_(step)
                 if step % 100 == 0:
-                    run.report(step // 100 - 1, step, np.array([step, step + 1]))
+                    run.report(step // 100, step, np.array([step, step + 1]))
                 if run.due(step):
                     run.save(step, None)
             raise Killed
@@ -569,7 +589,7 @@ def test_a_checkpoint_that_gave_way_is_written_again_where_the_run_is_stopped(pl
         with utils_run.open_run(constants(), CPU, 0) as run:
             run.resume(part, part)
             part.numbers.fill_(300)
-            run.report(2, 300, np.array([1.0]))
+            run.report(3, 300, np.array([1.0]))
             with run.evaluation(300, None):
                 os.kill(os.getpid(), signal.SIGINT)
 
@@ -599,12 +619,19 @@ def test_a_checkpoint_of_another_run_is_refused(place, tmp_path, capsys):
     assert "is refused: it is of another run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "value"), [("GAME", "pong"), ("LEARNING_RATE", 0.5), ("MAX_STEPS", 1000)])
+@pytest.mark.parametrize(("name", "value"), [("GAME", "pong"), ("LEARNING_RATE", 0.5), ("BETA_STEPS", 1000)])
 def test_other_constants_are_refused(place, name, value):
     place()
     with pytest.raises(utils_config.ConfigError, match=f"the run in this directory has {name}="):
         resume(**{name: value})
     assert resume() == 300
+
+
+def test_an_end_behind_the_checkpoint_is_refused_and_a_later_one_is_not(place):
+    place()
+    with pytest.raises(utils_config.ConfigError, match=r"MAX_STEPS \(200\) is behind this run, whose .* step 300"):
+        resume(MAX_STEPS=200)
+    assert resume(MAX_STEPS=300) == resume(MAX_STEPS=10_000) == 300
 
 
 def test_a_checkpoint_with_other_constants_under_the_same_record_is_refused(place, capsys):
@@ -671,15 +698,14 @@ def test_a_second_start_beside_a_running_one_is_refused(monkeypatch, tmp_path):
             with pytest.raises(utils_config.ConfigError, match="another run is at work"):
                 write(20, SAVE_PREFIX=models)
         assert not Path("other_models").exists()
-    with pytest.raises(utils_config.Stopped, match="is finished"):  # the lock is gone
-        write(20)
+    write(20)  # the lock is gone
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(utils_config.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
     with (
-        pytest.raises(utils_config.ConfigError, match=r"0\.81 GB each, .*, 2\.00 GB free on .*MEM_SIZE=70_000"),
+        pytest.raises(utils_config.ConfigError, match=r"0\.77 GB each, .*, 2\.00 GB free on .*MEM_SIZE=80_000"),
         utils_run.open_run(constants(MEM_SIZE=100_000), CPU, 706_000_000),
     ):
         pass
