@@ -646,7 +646,7 @@ def test_a_model_that_cannot_play_is_refused_with_a_sentence(run_main, tmp_path,
 
 
 def test_a_checkpoint_is_told_from_a_model(run_main):
-    assert run_main(MAX_STEPS=200, CHECKPOINT_FREQ=100)[0] == 0
+    assert run_main(MAX_STEPS=200, CHECKPOINT_FREQ=200)[0] == 0
     (path,) = Path("models").glob("checkpoint_*")
     sentence = f"error: {path} is a checkpoint, from which a run goes on; models are called model_000 and so on\n"
     assert run_main(PLAY=str(path)) == (2, sentence)
