@@ -173,6 +173,7 @@ ARGUMENTS = [
     ("PRIORITIZED", True, "alpha"),
     ("ALPHA", 0.9, "alpha"),
     ("BETA_START", 0.9, "beta_start"),
+    ("BETA_STEPS", 77, "beta_steps"),
     ("CUDA_GRAPHS", False, "graphs"),
 ]
 # constant, another value: the run's rows or weights must differ from those of a plain prioritized run
@@ -208,6 +209,7 @@ EFFECTS = [
     ("PRIORITIZED", False),
     ("ALPHA", 0.9),
     ("BETA_START", 1.0),
+    ("BETA_STEPS", 100),
 ]
 
 
