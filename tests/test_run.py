@@ -173,7 +173,7 @@ def test_a_signal_ends_the_run_after_the_iteration_and_the_run_goes_on_from_ther
     monkeypatch, run_main, tmp_path, number
 ):
     with monkeypatch.context() as patch:
-        at_call(patch, main.ReplayMemory, "push", 32, lambda: os.kill(os.getpid(), number))
+        at_call(patch, main.ReplayMemory, "push", 30, lambda: os.kill(os.getpid(), number))
         status, told = run_main(tmp_path / "run")
     assert status == 128 + number
     assert told.splitlines()[-1] == f"stopped at step 120 by {number.name}; go on with: python main.py"
