@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from utils_config import ConfigError, out_of_memory
-from utils_drl import Agent, read_model, write_whole
+from utils_drl import Agent, write_whole
 from utils_env import FRAMES_PER_SECOND, SCREEN, AtariEnv, save_animation
 
 MOVIE = Path("play.gif")
@@ -41,12 +41,11 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
     if Path(path).name.startswith("checkpoint_"):
         raise ConfigError(f"{path} is a checkpoint, from which a run goes on; models are called model_000 and so on")
     try:
-        about, shape, _ = read_model(path)
-        env = AtariEnv(about["game"], 1, device, stack_size=shape["stack_size"], frame_skip=about["frame_skip"])
-        if env.get_action_dim() != shape["action_dim"]:
-            raise ValueError(f"{path} knows {shape['action_dim']} actions, {env.game} has {env.get_action_dim()}")
-        agent = Agent(device=device, dtype=dtype, graphs=False, **shape)
-        agent.load(path)
+        agent, about = Agent.from_model(path, device, dtype=dtype, graphs=False)
+        frames = {"stack_size": agent.shape["stack_size"], "frame_skip": about["frame_skip"]}
+        env = AtariEnv(about["game"], 1, device, **frames)
+        if env.get_action_dim() != agent.action_dim:
+            raise ValueError(f"{path} knows {agent.action_dim} actions, {env.game} has {env.get_action_dim()}")
         title = f"{Path(path).name}, {about['step']:,} steps of training"
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
