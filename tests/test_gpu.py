@@ -201,10 +201,11 @@ def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32(networ
         trained(graphs, dtype, ReplayMemory, **network)
         for graphs, dtype in ((False, torch.float32), (True, torch.bfloat16))
     )
-    assert (losses - its_losses).abs().mean() < 0.2 * its_losses.mean()  # half of that on a CPU
+    assert (losses - its_losses).abs().mean() < 0.1 * its_losses.mean()
     states = torch.stack([row.frames for row in rows(32, 4, seed=9)]).to(CUDA)
-    mine, its = fast.values(states), plain.values(states)
-    assert (mine - its).norm() < 0.3 * its.norm()  # half of that on a CPU
+    with torch.no_grad():
+        mine, its = (agent.policy.distribution.means(agent.policy(states)) for agent in (fast, plain))
+    assert (mine - its).norm() < 0.1 * its.norm()
 
 
 def test_graphs_choose_the_actions_of_the_plain_path_also_after_learning():
