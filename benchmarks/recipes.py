@@ -19,6 +19,7 @@ BOLD = FULL | {"QUANTILES": 1, "LEARNING_RATE": 2.5e-4}
 
 RECIPES = {  # name: the constants of main.py that it changes, and the question it is to answer
     "shipped": {},  # what do the defaults reach?
+    "shipped-uniform": {"PRIORITIZED": False},  # what do priorities add to the defaults, per step and per minute?
     "update-4": {"POLICY_UPDATE": 4},  # do twice as many updates, as is usual, bring more ...
     "update-16": {"POLICY_UPDATE": 16},  # ... or are half as many enough?
     "layer-norm": NORM,  # do normalised layers let the same updates teach more?
