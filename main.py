@@ -49,6 +49,7 @@ BETA_STEPS: int = 2_000_000  # ... and steps until they do so fully, linearly
 DOUBLE_DQN: bool = True  # the policy network chooses the action that the target network values
 DUELING: bool = False  # separate streams for the state's value and the actions' advantages
 N_STEP: int = 3  # rewards summed before bootstrapping
+AVERAGE_STEPS: int = 160_000  # steps, at most a tenth of all, over which models' weights are averaged; 1: not at all
 LAYER_NORM: bool = False  # normalise what enters the hidden layer and its units; with ADAM_EPS 1e-8 ahead at first
 QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's (Dabney et al. 2018), 1 is the classic loss
 ATOMS: int = 1  # above 1, best odd, so many possible returns per action and the loss of C51 (Bellemare et al. 2017)
@@ -162,6 +163,7 @@ def make_agent(action_dim: int, device: torch.device, dtype: torch.dtype) -> Age
         atoms=ATOMS,
         v_max=V_MAX,
         layer_norm=LAYER_NORM,
+        average_updates=AVERAGE_STEPS / POLICY_UPDATE,
         dtype=dtype,
         graphs=CUDA_GRAPHS,
         seed=SEED,

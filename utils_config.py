@@ -218,7 +218,7 @@ def _check(c: argparse.Namespace) -> None:
         raise ConfigError(f"GAME: {error}") from None
     positive = (
         "MAX_STEPS NUM_ENVS STACK_SIZE FRAME_SKIP EPS_DECAY BETA_STEPS BATCH_SIZE POLICY_UPDATE TARGET_UPDATE "
-        "WARM_STEPS MEM_SIZE N_STEP QUANTILES ATOMS EVALUATE_FREQ EVAL_EPISODES"
+        "WARM_STEPS MEM_SIZE N_STEP AVERAGE_STEPS QUANTILES ATOMS EVALUATE_FREQ EVAL_EPISODES"
     )
     for name in positive.split():
         need(getattr(c, name) >= 1, f"{name} must be at least 1, not {getattr(c, name)}")

@@ -79,23 +79,22 @@ class CudaGraph:
         self._function = None  # it often belongs to the owner of this object, and the two would keep each other alive
 
 
-def flatten(network: DQN) -> tuple[torch.nn.Parameter, list[Tensor]]:
-    """Move the parameters of `network` into one flat parameter, so that Adam and the clamp are one operation each.
+def flatten(network: DQN) -> torch.nn.Parameter:
+    """Move the parameters of `network` into one flat parameter, so that what is done to all of them is one operation.
 
-    Returns it, with a gradient of zeros, and that gradient's parts, in the shapes and memory layouts of the parameters
-    and as their `grad`.
+    Those that learn get a gradient of zeros, which is a part of the flat one's, in their shape and memory layout.
     """
     parameters = list(network.parameters())
     flat = torch.nn.Parameter(parameters[0].new_empty(sum(parameter.numel() for parameter in parameters)))
-    flat.grad = torch.zeros_like(flat)
+    flat.requires_grad_(parameters[0].requires_grad)
+    flat.grad = torch.zeros_like(flat) if flat.requires_grad else None
     offset = 0
     for parameter in parameters:
-        part, gradient = (
-            values.detach().as_strided(parameter.shape, parameter.stride(), offset) for values in (flat, flat.grad)
-        )
-        parameter.data, parameter.grad = part.copy_(parameter.detach()), gradient
+        layout = parameter.shape, parameter.stride(), offset
+        parameter.data = flat.detach().as_strided(*layout).copy_(parameter.detach())
+        parameter.grad = None if flat.grad is None else flat.grad.as_strided(*layout)
         offset += parameter.numel()
-    return flat, [parameter.grad for parameter in parameters]
+    return flat
 
 
 def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
@@ -108,6 +107,7 @@ def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 
 
 LARGEST_DRAW = 1024  # transitions that are drawn at once, 58 MB of frames
+AVERAGED_SHARE = 0.1  # of all updates so far: the most that the average of the weights spans
 STATISTICS = ("loss", "q_value", "td_error", "gradient_norm")  # of an update: means over its batch, TD errors unsigned
 
 
@@ -119,6 +119,11 @@ class Agent:
     `dtype` is the arithmetic of the networks' bodies: float32, bfloat16, or float64 for the whole agent. With bfloat16
     `policy` and `target` keep their parameters in float32, and a network of rounded copies computes for both; what
     Adam adds to a weight would often be lost in the rounding.
+
+    `average` is the network that plays when the agent is not in training, and the one that is saved: an exponential
+    average of the policy's weights over `average_updates` updates (Polyak and Juditsky 1992), and over a tenth of those
+    there were while that is less, since a young network learns faster than its average could follow. What is learned
+    does not depend on it. With at most one update the average is the policy itself.
 
     With `graphs`, acting and learning are CUDA graphs where the device is a GPU and the memory is on it; the numbers
     are those of the plain path. A tensor returned by `learn` is then valid until the next call.
@@ -142,6 +147,7 @@ class Agent:
         v_max: float = 10.0,
         layer_norm: bool = False,
         dtype: torch.dtype = torch.float32,
+        average_updates: float = 1,
         graphs: bool = True,
         seed: int = 0,
     ):
@@ -157,8 +163,14 @@ class Agent:
             self.policy, self.target = (DQN(**self.shape, dtype=exact).to(self.device) for _ in range(2))
             self._rounded = None if dtype == exact else DQN(**self.shape, dtype=dtype).to(self.device)
         self.target.requires_grad_(False)
-        self._weights, self._gradients = flatten(self.policy)
+        self._weights = flatten(self.policy)
+        self._gradients = [parameter.grad for parameter in self.policy.parameters()]
         self.sync()
+        self.average_updates, self.average = average_updates, self.policy
+        if average_updates > 1:
+            self.average = copy.deepcopy(self.target)
+            self._averages = flatten(self.average)
+            self._averaged = torch.zeros((), dtype=exact, device=self.device)  # updates that the average has seen
         self._optimizer = torch.optim.Adam(
             [self._weights],
             lr=learning_rate,
@@ -167,7 +179,9 @@ class Agent:
             capturable=self._use_graphs,
         )
         self._graphs: dict[Hashable, CudaGraph] = {}
-        self._acting: dict[int, Tensor] = {}  # by the number of states, where the graph looks for them
+        self._acting: dict[
+            tuple[int, DQN], Tensor
+        ] = {}  # by their number and network: where the graph looks for states
         self._rng = np.random.default_rng(seed)
         self._trained_steps = 0
         self._sums, self._summed = torch.zeros(len(STATISTICS), dtype=exact, device=self.device), 0
@@ -188,33 +202,39 @@ class Agent:
     ) -> np.ndarray:
         """Epsilon-greedy actions [N] int64 for `states` [N, S, 84, 84] uint8. Fetching them is a wait for the device.
 
-        `training` lets epsilon fall afterwards. An evaluation gives its own `epsilon` and `rng`, and leaves no trace.
+        In `training` the policy acts, and epsilon falls afterwards; else its average does. An evaluation gives its own
+        `epsilon` and `rng`, and leaves no trace.
         """
         epsilon = self.epsilon if epsilon is None else epsilon
         rng = self._rng if rng is None else rng
         explore = rng.random(len(states)) < epsilon
         actions = rng.integers(self.action_dim, size=len(states))
         if not explore.all():
-            actions = np.where(explore, actions, self._greedy(states).cpu().numpy())
+            greedy = self._greedy(self.policy if training else self.average, states)
+            actions = np.where(explore, actions, greedy.cpu().numpy())
         if training:
             self._trained_steps += len(states)
         return actions
 
-    def _greedy(self, states: Tensor) -> Tensor:
+    def _greedy(self, network: DQN, states: Tensor) -> Tensor:
         if not self._use_graphs:
-            return self._best(states)
-        if len(states) not in self._acting:
-            self._acting[len(states)] = torch.empty_like(states)
-        fixed = self._acting[len(states)].copy_(states)
-        return self._graphed(len(states), partial(self._best, fixed))
+            return self._best(network, states)
+        key = len(states), network
+        if key not in self._acting:
+            self._acting[key] = torch.empty_like(states)
+        fixed = self._acting[key].copy_(states)
+        return self._graphed(key, partial(self._best, network, fixed))
 
-    def _best(self, states: Tensor) -> Tensor:
-        return self.values(states).argmax(1)
+    def _best(self, network: DQN, states: Tensor) -> Tensor:
+        return self._values(network, states).argmax(1)
+
+    def values(self, states: Tensor) -> Tensor:
+        """Q values [N, A] of `states` [N, S, 84, 84] uint8, as the network has them that plays and is saved."""
+        return self._values(self.average, states)
 
     @torch.no_grad()
-    def values(self, states: Tensor) -> Tensor:
-        """The policy's Q values [N, A] of `states` [N, S, 84, 84] uint8."""
-        return self.policy.distribution.means(self._network(self.policy)(states))
+    def _values(self, network: DQN, states: Tensor) -> Tensor:
+        return network.distribution.means(self._network(network)(states))
 
     def learn(self, memory, batch_size: int, updates: int = 1) -> Tensor:
         """`updates` updates, each from its own `batch_size` transitions, whose priorities then follow the TD errors.
@@ -261,7 +281,17 @@ class Agent:
         memory.update_priorities(batch.indices, torch.cat(td_errors))
         # The last update speaks for all, so that this costs next to nothing.
         self._sums += torch.stack([loss, q_values.mean(), errors.abs().mean(), self._weights.grad.norm()])
+        if self.average is not self.policy:
+            self._follow(updates)
         return loss
+
+    @torch.no_grad()
+    def _follow(self, updates: int) -> None:
+        """Let the average take in the policy as it is after `updates` more updates."""
+        self._averaged += updates
+        least = 1 - (1 - 1 / self.average_updates) ** updates
+        share = (updates / (AVERAGED_SHARE * self._averaged)).clamp(least, 1.0)
+        self._averages.lerp_(self._weights, share)
 
     def _update(self, batch: Batch, next_outputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step of Adam, given the target network's `next_outputs`; loss, Q values [B], unweighted TD errors [B].
@@ -323,12 +353,15 @@ class Agent:
             "target": self.target.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "trained_steps": self._trained_steps,
+            **({} if self.average is self.policy else {"average": self._averages.detach(), "averaged": self._averaged}),
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Take over `state`, from any device."""
         self.policy.load_state_dict(state["policy"])
         self.target.load_state_dict(state["target"])
+        if self.average is not self.policy:
+            copy_all([self._averages.detach(), self._averaged], [state["average"], state["averaged"]])
         # The optimizer would keep the tensors it is given. How it computes is for this device to say.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]["state"]), "param_groups": groups})
@@ -336,8 +369,8 @@ class Agent:
         self._trained_steps = state["trained_steps"]
 
     def save(self, path: str | os.PathLike, **about) -> None:
-        """Write the policy's weights, its shape and plain values `about` it; the file appears whole or not at all."""
-        weights = {name: weight.cpu() for name, weight in self.policy.state_dict().items()}  # loads on any machine
+        """Write the average's weights, its shape and plain values `about` it; the file appears whole or not at all."""
+        weights = {name: weight.cpu() for name, weight in self.average.state_dict().items()}  # loads on any machine
         write_whole(path, lambda file: torch.save({"about": about, "shape": self.shape, "weights": weights}, file))
 
     @classmethod
@@ -352,7 +385,7 @@ class Agent:
         return agent, about
 
     def load(self, path: str | os.PathLike) -> dict:
-        """Load weights that `save` wrote into both networks and return what was saved `about` them.
+        """Load weights that `save` wrote into all networks and return what was saved `about` them.
 
         Raises as `read_model` does, and ValueError for a network of another shape.
         """
@@ -368,6 +401,7 @@ class Agent:
             raise ValueError(f"{os.fspath(path)} holds weights that do not fit the network it names")
         self.policy.load_state_dict(weights)
         self.sync()
+        self.average.load_state_dict(weights)
 
 
 EARLIER = {"atoms": 1, "layer_norm": False}  # the shape of models from before there was a choice

@@ -914,3 +914,75 @@ def test_load_runs_no_code_from_the_file(tmp_path, writer):
         path.write_bytes(pickle.dumps(Intruder(str(trace)), protocol=2))
     assert_refused(path, Agent(ACTIONS))
     assert not trace.exists()
+
+
+# ---- the average that plays and is saved
+
+
+def teach(agent, turns, seed=0):
+    """Learn `turns` of so many updates each."""
+    memory = FakeMemory([make_batch(seed + number) for number in range(3)])
+    for updates in turns:
+        agent.learn(memory, BATCH_SIZE, updates)
+
+
+def flat(model):
+    return torch.cat([value.detach().flatten() for value in model.state_dict().values()])
+
+
+@pytest.mark.parametrize("horizon", [1.5, 4, 1000])
+def test_the_average_is_exponential_and_no_longer_than_a_tenth_of_all_updates(horizon):
+    agent = Agent(ACTIONS, dtype=torch.float64, learning_rate=1e-2, average_updates=horizon)
+    assert torch.equal(flat(agent.average), flat(agent.policy))
+    average, seen = 0.0, 0
+    for updates in (2, 1, 3, 7, 1, 2, 1, 1):  # a turn counts as often as it had updates, with the policy at its end
+        teach(agent, [updates])
+        seen += updates
+        older = min(max(1 - 10 * updates / seen, 0.0), (1 - 1 / horizon) ** updates)
+        average = older * average + (1 - older) * flat(agent.policy)
+        close(flat(agent.average), average, 1e-12)
+        if seen <= 10 * updates:
+            assert torch.equal(flat(agent.average), flat(agent.policy))
+    assert not torch.equal(flat(agent.average), flat(agent.policy))
+
+
+def test_what_is_learned_does_not_depend_on_the_average():
+    agents = [make_agent(average_updates=horizon) for horizon in (1, 5)]
+    for agent in agents:
+        teach(agent, [8, 3, 1, 1])
+    assert same(*(snapshot(agent.policy) for agent in agents))
+    assert agents[0].average is agents[0].policy
+    assert not same(*(snapshot(agent.average) for agent in agents))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_policy_acts_in_training_and_its_average_otherwise(tmp_path, dtype):
+    agent = Agent(ACTIONS, dtype=dtype, average_updates=5)
+    fill(agent.policy, 1)
+    fill(agent.average, 2)
+    states = make_states(50)
+    with torch.no_grad():
+        mine, its = (
+            forward({name: value.double() for name, value in snapshot(model).items()}, states).squeeze(2).argmax(1)
+            for model in (agent.policy, agent.average)
+        )
+    assert (mine != its).float().mean() > 0.2
+    agreement = 1.0 if dtype == torch.float32 else 0.9  # near ties fall either way
+    assert (torch.from_numpy(agent.run(states, True, epsilon=0.0)) == mine).float().mean() >= agreement
+    assert (torch.from_numpy(agent.run(states, epsilon=0.0)) == its).float().mean() >= agreement
+    assert (agent.values(states).argmax(1) == its).float().mean() >= agreement
+    agent.save(tmp_path / "model")
+    loaded, _ = Agent.from_model(tmp_path / "model", dtype=dtype, average_updates=5)
+    for model in (loaded.policy, loaded.target, loaded.average):
+        assert same(snapshot(agent.average), snapshot(model))
+
+
+def test_an_agent_goes_on_with_the_average_that_it_had():
+    agent, twin = (Agent(ACTIONS, learning_rate=1e-3, average_updates=20, seed=seed) for seed in (1, 2))
+    teach(agent, [8, 3, 1, 1])
+    assert not same(snapshot(agent.average), snapshot(agent.policy))
+    twin.load_state_dict(agent.state_dict())
+    for each in (agent, twin):
+        teach(each, [2, 1], seed=7)
+    assert same(snapshot(agent.average), snapshot(twin.average))
+    assert same(snapshot(agent.policy), snapshot(twin.policy))

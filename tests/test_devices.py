@@ -60,7 +60,7 @@ def stand_ins(monkeypatch):
     "options",
     [
         {},
-        {"double_dqn": True, "dtype": torch.bfloat16},
+        {"double_dqn": True, "dtype": torch.bfloat16, "average_updates": 50},
         {"layer_norm": True, "dtype": torch.bfloat16},
         {"dueling": True, "quantiles": 5, "dtype": torch.bfloat16},
         {"double_dqn": True, "dueling": True, "quantiles": 5},

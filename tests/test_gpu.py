@@ -186,13 +186,15 @@ def test_graphs_learn_what_the_plain_path_learns(kind, network):
     """From the same draws: what a graph draws from is the memory's generator and its tree of the moment."""
     updates = [2, 3] * 12  # two graphs take turns
     (plain, its_draws, its_losses), (fast, draws, losses) = (
-        trained(graphs, torch.float32, kind, updates, **network) for graphs in (False, True)
+        trained(graphs, torch.float32, kind, updates, average_updates=20, **network) for graphs in (False, True)
     )
     assert torch.equal(draws, its_draws)
     assert torch.allclose(losses, its_losses, rtol=1e-3, atol=1e-5)
     assert fast.read_statistics() == pytest.approx(plain.read_statistics(), rel=1e-2)
-    for mine, its in zip(fast.policy.parameters(), plain.policy.parameters(), strict=True):
-        assert torch.allclose(mine, its, rtol=0, atol=1e-4)
+    for part in ("policy", "average"):
+        for mine, its in zip(*(getattr(agent, part).parameters() for agent in (fast, plain)), strict=True):
+            assert torch.allclose(mine, its, rtol=0, atol=1e-4)
+    assert not torch.equal(fast.average.hidden.weight, fast.policy.hidden.weight)
 
 
 @pytest.mark.parametrize("network", [NETWORKS["classic"], NETWORKS["atoms-norms"]], ids=["classic", "atoms-norms"])
@@ -209,7 +211,8 @@ def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32(networ
 
 
 def test_graphs_choose_the_actions_of_the_plain_path_also_after_learning():
-    plain, fast = (Agent(4, CUDA, dtype=torch.bfloat16, graphs=graphs) for graphs in (False, True))
+    options = {"dtype": torch.bfloat16, "learning_rate": 1e-3, "average_updates": 30}
+    plain, fast = (Agent(4, CUDA, graphs=graphs, **options) for graphs in (False, True))
     memories = [ReplayMemory(600, 8, device=CUDA) for _ in range(2)]
     states = [torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8, device=CUDA) for n in (32, 10)]
     for number, row in enumerate(rows(100, 8)):
@@ -218,9 +221,10 @@ def test_graphs_choose_the_actions_of_the_plain_path_also_after_learning():
             if number > 50:
                 agent.learn(memory, 32)
         if number % 10 == 9:
-            fast.policy.load_state_dict(plain.policy.state_dict())
+            fast.load_state_dict(plain.state_dict())
             for some in states:
-                assert np.array_equal(*(agent.run(some, epsilon=0.0) for agent in (plain, fast)))
+                for training in (False, True):  # by the average, and by the policy
+                    assert np.array_equal(*(agent.run(some, training, epsilon=0.0) for agent in (plain, fast)))
 
 
 @pytest.mark.parametrize("graphs", [False, True])

@@ -28,6 +28,7 @@ SMALL = {
     "BATCH_SIZE": 16,
     "MEM_SIZE": 1024,
     "LEARNING_RATE": 3e-4,
+    "AVERAGE_STEPS": 1,  # models are the networks of the moment, whose targets are known
     "EVAL_EPISODES": 1,
     "EVAL_EPS": 0.0,
     "DEVICE": "cpu",

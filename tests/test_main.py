@@ -210,6 +210,7 @@ EFFECTS = [
     ("ALPHA", 0.9),
     ("BETA_START", 1.0),
     ("BETA_STEPS", 100),
+    ("AVERAGE_STEPS", 1),
 ]
 
 
@@ -257,6 +258,22 @@ def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, name, va
     assert arrived
     if name != "PRIORITIZED":
         assert set(arrived) == {value}
+
+
+def test_average_steps_are_counted_in_updates_by_the_agent(monkeypatch, tiny_run):
+    monkeypatch.setattr(main, "Agent", recorder := Recorder(main.Agent))
+    tiny_run(MAX_STEPS=8, AVERAGE_STEPS=300, POLICY_UPDATE=20)
+    assert [kwargs["average_updates"] for _, kwargs in recorder.made] == [15]
+
+
+def test_what_is_averaged_changes_nothing_in_training(tiny_run):
+    """The random actions and draws are the same, so an unaveraged last model shows what was learned until then."""
+    checkpoints = []
+    for steps in (1, 200):
+        run = tiny_run(AVERAGE_STEPS=steps, CHECKPOINT_FREQ=200)
+        path = run.directory / "models" / "checkpoint_0000000200"
+        checkpoints.append(torch.load(path, weights_only=True)["agent"]["policy"])
+    assert all(torch.equal(checkpoints[0][name], checkpoints[1][name]) for name in checkpoints[0])
 
 
 def test_every_constant_is_covered_by_these_tests():
@@ -362,6 +379,7 @@ BAD = [
     (["--WARM_STEPS=1_000_000"], "WARM_STEPS (1000000) must be below MEM_SIZE"),
     (["--BATCH_SIZE=600", "--WARM_STEPS=500"], "BATCH_SIZE (600) must not be above WARM_STEPS (500)"),
     (["--N_STEP=0"], "N_STEP must be at least 1"),
+    (["--AVERAGE_STEPS=0"], "AVERAGE_STEPS must be at least 1"),
     (["--NUM_ENVS=0"], "NUM_ENVS must be at least 1"),
     (["--POLICY_UPDATE=0"], "POLICY_UPDATE must be at least 1"),
     (["--EVAL_EPISODES=0"], "EVAL_EPISODES must be at least 1"),
