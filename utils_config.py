@@ -331,7 +331,7 @@ def make_fit(mem_size: float) -> str:
 def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
     """A sentence on the disk space that checkpoints of such a memory take. Raises ConfigError if it is not there."""
     outputs = max(constants["QUANTILES"], constants["ATOMS"])
-    networks = 16 * ((4 << 20) + 19 * 513 * outputs)  # two and Adam's moments, in float32, of 18 actions, dueling
+    networks = 20 * ((4 << 20) + 19 * 513 * outputs)  # three and Adam's moments, in float32, of 18 actions, dueling
     size = memory_bytes + networks
     most = 3  # two, and one being written
     there = (*directory.glob("checkpoint_" + 10 * "[0-9]"), *directory.glob("checkpoint_*.tmp"))  # they make way

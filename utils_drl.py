@@ -179,9 +179,8 @@ class Agent:
             capturable=self._use_graphs,
         )
         self._graphs: dict[Hashable, CudaGraph] = {}
-        self._acting: dict[
-            tuple[int, DQN], Tensor
-        ] = {}  # by their number and network: where the graph looks for states
+        # Where the acting graphs look for states, by their number and the network that acts.
+        self._acting: dict[tuple[int, DQN], Tensor] = {}
         self._rng = np.random.default_rng(seed)
         self._trained_steps = 0
         self._sums, self._summed = torch.zeros(len(STATISTICS), dtype=exact, device=self.device), 0
@@ -202,7 +201,7 @@ class Agent:
     ) -> np.ndarray:
         """Epsilon-greedy actions [N] int64 for `states` [N, S, 84, 84] uint8. Fetching them is a wait for the device.
 
-        In `training` the policy acts, and epsilon falls afterwards; else its average does. An evaluation gives its own
+        In `training` the policy acts, and epsilon falls afterwards; else the average acts. An evaluation gives its own
         `epsilon` and `rng`, and leaves no trace.
         """
         epsilon = self.epsilon if epsilon is None else epsilon
@@ -229,7 +228,7 @@ class Agent:
         return self._values(network, states).argmax(1)
 
     def values(self, states: Tensor) -> Tensor:
-        """Q values [N, A] of `states` [N, S, 84, 84] uint8, as the network has them that plays and is saved."""
+        """Q values [N, A] of `states` [N, S, 84, 84] uint8, by the average, which plays evaluations and is saved."""
         return self._values(self.average, states)
 
     @torch.no_grad()
@@ -339,7 +338,7 @@ class Agent:
         return dict(zip(STATISTICS, means, strict=True))
 
     def is_finite(self) -> bool:
-        """Whether every weight is a number. Waits for the device."""
+        """Whether every weight of the policy, and so of its average, is a number. Waits for the device."""
         return bool(self._weights.isfinite().all())
 
     def reseed(self, seed: int | list[int]) -> None:
@@ -358,10 +357,10 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         """Take over `state`, from any device."""
-        self.policy.load_state_dict(state["policy"])
-        self.target.load_state_dict(state["target"])
         if self.average is not self.policy:
             copy_all([self._averages.detach(), self._averaged], [state["average"], state["averaged"]])
+        self.policy.load_state_dict(state["policy"])
+        self.target.load_state_dict(state["target"])
         # The optimizer would keep the tensors it is given. How it computes is for this device to say.
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]["state"]), "param_groups": groups})
@@ -402,6 +401,8 @@ class Agent:
         self.policy.load_state_dict(weights)
         self.sync()
         self.average.load_state_dict(weights)
+        if self.average is not self.policy:
+            self._averaged.zero_()
 
 
 EARLIER = {"atoms": 1, "layer_norm": False}  # the shape of models from before there was a choice

@@ -216,7 +216,9 @@ def fit(words: str, room: int) -> str:
 def heading(constants: dict) -> str:
     """What is measured with `constants`: the game, how its score comes about, and the options that are on."""
     options = [name for name in ("PRIORITIZED", "DOUBLE_DQN", "DUELING", "LAYER_NORM") if constants[name]]
-    options += [f"{name}={constants[name]}" for name in ("N_STEP", "QUANTILES", "ATOMS") if constants[name] > 1]
+    options += [
+        f"{name}={constants[name]}" for name in ("N_STEP", "QUANTILES", "ATOMS", "AVERAGE_STEPS") if constants[name] > 1
+    ]
     options += [f"V_MAX={constants['V_MAX']:g}"] * (constants["ATOMS"] > 1)
     options.append(f"SEED={constants['SEED']}")
     games = f"{count(constants['EVAL_EPISODES'], 'game')} per evaluation, epsilon {constants['EVAL_EPS']:g}"

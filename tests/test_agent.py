@@ -930,20 +930,22 @@ def flat(model):
     return torch.cat([value.detach().flatten() for value in model.state_dict().values()])
 
 
-@pytest.mark.parametrize("horizon", [1.5, 4, 1000])
-def test_the_average_is_exponential_and_no_longer_than_a_tenth_of_all_updates(horizon):
+@pytest.mark.parametrize(("horizon", "bound"), [(1.5, True), (4, True), (1000, False)])
+def test_the_average_is_exponential_and_no_longer_than_a_tenth_of_all_updates(horizon, bound):
     agent = Agent(ACTIONS, dtype=torch.float64, learning_rate=1e-2, average_updates=horizon)
     assert torch.equal(flat(agent.average), flat(agent.policy))
-    average, seen = 0.0, 0
-    for updates in (2, 1, 3, 7, 1, 2, 1, 1):  # a turn counts as often as it had updates, with the policy at its end
+    average, seen, bounds = 0.0, 0, []
+    for updates in (2, 1, 3, 7, 1, 2, 1, 30, 2, 3, 1):  # a turn counts as so many updates, with the policy at its end
         teach(agent, [updates])
         seen += updates
-        older = min(max(1 - 10 * updates / seen, 0.0), (1 - 1 / horizon) ** updates)
-        average = older * average + (1 - older) * flat(agent.policy)
+        young, old = max(1 - 10 * updates / seen, 0.0), (1 - 1 / horizon) ** updates
+        bounds.append(old < young and updates > 1)
+        average = min(young, old) * average + (1 - min(young, old)) * flat(agent.policy)
         close(flat(agent.average), average, 1e-12)
         if seen <= 10 * updates:
             assert torch.equal(flat(agent.average), flat(agent.policy))
     assert not torch.equal(flat(agent.average), flat(agent.policy))
+    assert any(bounds) == bound, "the horizon was never what counts"
 
 
 def test_what_is_learned_does_not_depend_on_the_average():

@@ -215,22 +215,27 @@ def test_graphs_choose_the_actions_of_the_plain_path_also_after_learning():
     plain, fast = (Agent(4, CUDA, graphs=graphs, **options) for graphs in (False, True))
     memories = [ReplayMemory(600, 8, device=CUDA) for _ in range(2)]
     states = [torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8, device=CUDA) for n in (32, 10)]
+    differ = False
     for number, row in enumerate(rows(100, 8)):
         for agent, memory in zip((plain, fast), memories, strict=True):
             memory.push(on(CUDA, row))
             if number > 50:
                 agent.learn(memory, 32)
         if number % 10 == 9:
-            fast.load_state_dict(plain.state_dict())
+            for part in ("policy", "average"):  # in place, so that the graphs stay
+                getattr(fast, part).load_state_dict(getattr(plain, part).state_dict())
             for some in states:
-                for training in (False, True):  # by the average, and by the policy
-                    assert np.array_equal(*(agent.run(some, training, epsilon=0.0) for agent in (plain, fast)))
+                by_average, by_policy = (plain.run(some, training, epsilon=0.0) for training in (False, True))
+                assert np.array_equal(fast.run(some, epsilon=0.0), by_average)
+                assert np.array_equal(fast.run(some, True, epsilon=0.0), by_policy)
+                differ |= not np.array_equal(by_average, by_policy)
+    assert differ, "either network may have acted"
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
 def test_neither_learning_nor_storing_waits_for_the_gpu(kind, graphs):
-    agent = Agent(4, CUDA, double_dqn=True, dtype=torch.bfloat16, graphs=graphs)
+    agent = Agent(4, CUDA, double_dqn=True, dtype=torch.bfloat16, average_updates=50, graphs=graphs)
     memory = kind(600, 8, n_step=3, device=CUDA)
     stored = [on(CUDA, row) for row in rows(100, 8)]
     for row in stored[:50]:
@@ -293,8 +298,10 @@ def test_a_whole_run_on_the_gpu_writes_its_results_and_goes_on_from_its_end(
 def test_a_resumed_agent_and_a_reseeded_memory_go_on_by_graphs_as_without():
     outcomes = []
     for graphs in (False, True):
-        agent, _, _ = trained(graphs, torch.float32, ReplayMemory, [1] * (CudaGraph.WARM_UP + 3))
-        twin, memory = Agent(4, CUDA, double_dqn=True, graphs=graphs), ReplayMemory(600, 8, n_step=3, device=CUDA)
+        options = {"average_updates": 20}
+        agent, _, _ = trained(graphs, torch.float32, ReplayMemory, [1] * (CudaGraph.WARM_UP + 8), **options)
+        twin = Agent(4, CUDA, double_dqn=True, graphs=graphs, **options)
+        memory = ReplayMemory(600, 8, n_step=3, device=CUDA)
         twin.load_state_dict(agent.state_dict())
         for row in rows(60, 8):
             memory.push(on(CUDA, row))
@@ -302,9 +309,10 @@ def test_a_resumed_agent_and_a_reseeded_memory_go_on_by_graphs_as_without():
             memory.reseed([seed])
             for _ in range(CudaGraph.WARM_UP + 3):
                 loss = twin.learn(memory, 32)
-        outcomes.append((float(loss), memory.sample(8).indices.cpu()))
+        outcomes.append((float(loss), memory.sample(8).indices.cpu(), twin.average.hidden.weight.detach().cpu()))
     assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-3)
     assert torch.equal(outcomes[0][1], outcomes[1][1])
+    assert torch.allclose(outcomes[0][2], outcomes[1][2], rtol=0, atol=1e-4)
 
 
 # The last test: a failed recording may leave torch in a strange state.

@@ -364,12 +364,14 @@ def test_the_picture_is_headed_by_the_game_how_it_was_measured_and_the_options_t
         "QUANTILES": 1,
         "LAYER_NORM": False,
         "ATOMS": 1,
+        "AVERAGE_STEPS": 1,
     }
     assert heading(constants) == "pong: 7 games per evaluation, epsilon 0.01\nDOUBLE_DQN, N_STEP=3, SEED=3"
     constants |= {"PRIORITIZED": True, "DUELING": True, "LAYER_NORM": True, "N_STEP": 1, "ATOMS": 51, "V_MAX": 20.0}
     told = "PRIORITIZED, DOUBLE_DQN, DUELING, LAYER_NORM, ATOMS=51, V_MAX=20, SEED=3"
     assert heading(constants).splitlines()[1] == told
-    assert heading(constants | {"ATOMS": 1, "QUANTILES": 4}).splitlines()[1].endswith("LAYER_NORM, QUANTILES=4, SEED=3")
+    constants |= {"ATOMS": 1, "QUANTILES": 4, "AVERAGE_STEPS": 500}
+    assert heading(constants).splitlines()[1].endswith("LAYER_NORM, QUANTILES=4, AVERAGE_STEPS=500, SEED=3")
 
 
 # The console
