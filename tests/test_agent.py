@@ -988,3 +988,15 @@ def test_an_agent_goes_on_with_the_average_that_it_had():
         teach(each, [2, 1], seed=7)
     assert same(snapshot(agent.average), snapshot(twin.average))
     assert same(snapshot(agent.policy), snapshot(twin.policy))
+
+
+def test_the_average_begins_anew_with_a_loaded_model(tmp_path):
+    agent = Agent(ACTIONS, learning_rate=1e-3, average_updates=20)
+    agent.save(tmp_path / "model")
+    teach(agent, [8, 3, 30])
+    agent.load(tmp_path / "model")
+    assert same(snapshot(agent.average), snapshot(agent.policy))
+    teach(agent, [1])  # the first update, a tenth of which is less than one
+    assert same(snapshot(agent.average), snapshot(agent.policy))
+    teach(agent, [1] * 20)
+    assert not same(snapshot(agent.average), snapshot(agent.policy))
