@@ -142,9 +142,10 @@ class _Parser(argparse.ArgumentParser):
         names = [action.dest for action in self._actions]
         for argument in arguments:
             name = argument.split("=")[0].removeprefix("--")
-            if argument.startswith("-") and not _is_number(argument) and name not in (*names, "-h"):
-                nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"there is no constant {name}; the nearest is {nearest}")
+            if argument.startswith("-") and name and not _is_number(argument) and name not in (*names, "-h"):
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"the nearest is {near[0]}" if near else "--help lists them all"
+                raise ConfigError(f"there is no constant {name}; {hint}")
         parsed, rest = self.parse_known_args(arguments)
         if rest:
             raise ConfigError(f"cannot make sense of {rest[0]!r}; constants are set as --NAME=value")
@@ -157,7 +158,9 @@ def _is_number(text: str) -> bool:
 
 def _spell(argument: str) -> str:
     """--learning-rate=1 and --learning_rate=1 as --LEARNING_RATE=1."""
-    if not argument.startswith("--") or argument == "--help":
+    if argument.lower() == "--help":
+        return "--help"
+    if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
     return "--" + name[2:].upper().replace("-", "_") + equals + value
@@ -171,6 +174,8 @@ def _comments(path: str) -> dict[str, str]:
 
 def _reader(name: str, kind: type) -> Callable[[str], object]:
     def read(text: str) -> object:
+        if not text:  # a shell variable that is not set; an empty PLAY would train instead
+            raise ConfigError(f"{name} needs a value: --{name}=...")
         try:
             if kind is bool:
                 return {"true": True, "false": False}[text.lower()]
@@ -324,7 +329,7 @@ def choose_storage(
 
 def make_fit(mem_size: float) -> str:
     """What to do where there is room for a replay memory of `mem_size` steps only."""
-    fits = int(mem_size) // 10_000 * 10_000
+    fits = int(0.98 * mem_size) // 10_000 * 10_000  # what is free now may be a little less in a minute
     return f"free some, or begin a run with --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
 
 
@@ -336,7 +341,7 @@ def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
     most = 3  # two, and one being written
     there = (*directory.glob("checkpoint_" + 10 * "[0-9]"), *directory.glob("checkpoint_*.tmp"))  # they make way
     free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in there)
-    needed = f"{size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
+    needed = f"up to {size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
     sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
         remedy = make_fit((free / most - networks) / memory_bytes * constants["MEM_SIZE"])

@@ -490,7 +490,7 @@ def test_what_does_not_fit_is_left_out_whole_and_from_the_end(room):
 
 
 def test_the_time_left_is_that_of_learning_and_the_rates_leave_out_what_comes_before(parts, terminal, clock):
-    stderr = terminal(160)
+    stderr, parts.stored = terminal(160), 0
     with parts.log(total=10_000) as log:
 
         def say(step: int, seconds: float, loss: float | None) -> str:
@@ -512,7 +512,7 @@ def test_a_run_that_goes_on_does_not_warm_up_again(parts, terminal):
     with parts.log(start=50_000) as log, log.pause(50_000, "starting"):
         pass
     assert "starting" in stderr.getvalue()
-    assert stderr.lines()[-1].startswith("50.0% learning starts, evaluation score 2.0")
+    assert stderr.lines()[-1].startswith("50.0% learning goes on, evaluation score 2.0")
 
 
 def test_without_a_terminal_there_are_lines_at_most_every_so_often(parts, clock, capsys):

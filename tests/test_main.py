@@ -372,7 +372,7 @@ BAD = [
     (["--GAMMA=high"], "GAMMA must be a number"),
     (["--GAME=brekout"], "'breakout'"),
     (["--GAME=joust"], "two players"),
-    (["--GAME="], "GAME: the name of the game is empty"),
+    (["--GAME="], "GAME needs a value: --GAME=..."),
     (["--PRIORITIZED"], "PRIORITIZED needs a value: --PRIORITIZED=..."),
     (["--THREADS=-1"], "THREADS must be from 0 to 1024"),
     (["--WARM_STEPS=1_000_000"], "WARM_STEPS (1000000) must be below MEM_SIZE"),
@@ -412,6 +412,9 @@ BAD = [
     (["--SAVE_PREFIX=" + 300 * "x"], "cannot write to xxx"),
     (["--MEM_SIZE=1e12", "--PRIORITIZED=False"], "7063000."),
     (["--PLAY=nowhere"], "cannot read nowhere: No such file or directory"),
+    (["--PLAY="], "PLAY needs a value: --PLAY=..."),
+    (["--lr=1e-4"], "there is no constant LR; --help lists them all"),
+    (["-help"], "there is no constant -help"),
     (["--SAVE_PREFIX=/proc/nowhere"], "cannot write to /proc/nowhere"),
 ]
 
