@@ -464,9 +464,9 @@ def test_a_constant_that_was_renamed_is_missed(monkeypatch):
 def test_a_memory_that_does_not_fit_names_needed_and_free_and_what_would_fit(monkeypatch):
     cpu, memory = torch.device("cpu"), utils_memory.ReplayMemory
     monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_500_000_000)
-    with pytest.raises(utils_config.ConfigError, match=r"0\.71 GB on cpu, 1\.50 GB free.* --MEM_SIZE=60_000"):
+    with pytest.raises(utils_config.ConfigError, match=r"0\.71 GB on cpu, 1\.50 GB free.* --MEM_SIZE=50_000"):
         utils_config.choose_storage(cpu, memory, 100_000, 32)
-    assert utils_config.choose_storage(cpu, memory, 60_000, 32)[0] == cpu
+    assert utils_config.choose_storage(cpu, memory, 50_000, 32)[0] == cpu
     monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_000_000_000)
     with pytest.raises(utils_config.ConfigError, match="or lower MEM_SIZE"):
         utils_config.choose_storage(cpu, memory, 100_000, 32)
