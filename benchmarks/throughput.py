@@ -118,6 +118,8 @@ def loop(prioritized: bool, **others) -> float:
     }
     rounding = torch.backends.cudnn.conv.fp32_precision  # which float32 changes for the whole process
     before = {name: getattr(main, name) for name in constants}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the room of the memories measured before, or a small GPU seems full and RAM is taken
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         vars(main).update(constants)
         try:
