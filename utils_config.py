@@ -329,7 +329,7 @@ def choose_storage(
 
 def make_fit(mem_size: float) -> str:
     """What to do where there is room for a replay memory of `mem_size` steps only."""
-    fits = int(0.98 * mem_size) // 10_000 * 10_000  # what is free now may be a little less in a minute
+    fits = int(mem_size) // 10_000 * 10_000
     return f"free some, or begin a run with --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
 
 

@@ -77,7 +77,7 @@ class Log:
     def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, constants: dict):
         self._run, self._env, self._agent, self._memory = run, env, agent, memory
         self._total, self._warm_steps = constants["MAX_STEPS"], constants["WARM_STEPS"]
-        self._warm = len(memory) >= self._warm_steps  # from the start, in a run that goes on
+        self._has_learned = len(memory) >= self._warm_steps  # before this start
         self._heading = heading(constants)
         # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
         self._curves = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
@@ -166,7 +166,7 @@ class Log:
         if (warm := len(self._memory) / self._warm_steps) < 1:
             words.append(f"warming up {warm:.0%}")
         elif self._loss is None or not words:
-            words.append("learning goes on" if self._warm else "learning starts")
+            words.append("learning goes on" if self._has_learned else "learning starts")
         else:
             words.append(f"{span(max(self._total - step, 0) / rate)} left")
         scores = {"evaluation score": self._run.evaluations[-1].mean, "best": best_of(self._run.evaluations).mean}

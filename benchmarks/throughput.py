@@ -118,8 +118,7 @@ def loop(prioritized: bool, **others) -> float:
     }
     rounding = torch.backends.cudnn.conv.fp32_precision  # which float32 changes for the whole process
     before = {name: getattr(main, name) for name in constants}
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # the room of the memories measured before, or a small GPU seems full and RAM is taken
+    torch.cuda.empty_cache()  # as in `filled`
     with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         vars(main).update(constants)
         try:
@@ -232,8 +231,7 @@ def random_frames(*shape: int) -> torch.Tensor:
 def filled(kind: type[ReplayMemory], slots: int, device: torch.device) -> ReplayMemory:
     """A full memory of noise."""
     games = main.NUM_ENVS
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what earlier parts left does not count as free otherwise
+    torch.cuda.empty_cache()  # what earlier parts left does not count as free otherwise; nothing without a GPU
     place, _ = utils_config.choose_storage(device, kind, slots, games)
     memory = main.make_memory(kind, slots, place, device)
     row = Transition(

@@ -343,9 +343,10 @@ def test_a_value_may_follow_as_an_argument_of_its_own(constants):
     assert (constants["GAME"], constants["SEED"]) == ("pong", 3)
 
 
-def test_help_lists_every_constant_with_its_comment_and_default(constants, capsys):
+@pytest.mark.parametrize("spelling", ["--help", "--Help", "-h"])
+def test_help_lists_every_constant_with_its_comment_and_default(constants, capsys, spelling):
     with pytest.raises(SystemExit) as stop:
-        utils_config.override(constants, ["--help"])
+        utils_config.override(constants, [spelling])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name in utils_config.constants(constants):
@@ -415,6 +416,7 @@ BAD = [
     (["--PLAY="], "PLAY needs a value: --PLAY=..."),
     (["--lr=1e-4"], "there is no constant LR; --help lists them all"),
     (["-help"], "there is no constant -help"),
+    (["--"], "cannot make sense of '--'"),
     (["--SAVE_PREFIX=/proc/nowhere"], "cannot write to /proc/nowhere"),
 ]
 
@@ -444,12 +446,13 @@ def forbidden(*args, **kwargs):
     [
         ("MAX_STEPS", 1e6, "MAX_STEPS must be a whole number, not 1000000.0"),
         ("GAME", 5, "GAME must be a text, not 5"),
+        ("GAME", "", "GAME: the name of the game is empty"),
         ("PRIORITIZED", 1, "PRIORITIZED must be True or False, not 1"),
         ("SEED", True, "SEED must be a whole number, not True"),
         ("GAMMA", "1", "GAMMA must be a number, not '1'"),
     ],
 )
-def test_a_constant_edited_to_the_wrong_type_is_refused(monkeypatch, name, value, sentence):
+def test_a_constant_edited_to_what_cannot_be_is_refused(monkeypatch, name, value, sentence):
     monkeypatch.setattr(main, name, value)
     with pytest.raises(utils_config.ConfigError, match=re.escape(sentence)):
         utils_config.check(vars(main))
@@ -464,9 +467,9 @@ def test_a_constant_that_was_renamed_is_missed(monkeypatch):
 def test_a_memory_that_does_not_fit_names_needed_and_free_and_what_would_fit(monkeypatch):
     cpu, memory = torch.device("cpu"), utils_memory.ReplayMemory
     monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_500_000_000)
-    with pytest.raises(utils_config.ConfigError, match=r"0\.71 GB on cpu, 1\.50 GB free.* --MEM_SIZE=50_000"):
+    with pytest.raises(utils_config.ConfigError, match=r"0\.71 GB on cpu, 1\.50 GB free.* --MEM_SIZE=60_000"):
         utils_config.choose_storage(cpu, memory, 100_000, 32)
-    assert utils_config.choose_storage(cpu, memory, 50_000, 32)[0] == cpu
+    assert utils_config.choose_storage(cpu, memory, 60_000, 32)[0] == cpu
     monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_000_000_000)
     with pytest.raises(utils_config.ConfigError, match="or lower MEM_SIZE"):
         utils_config.choose_storage(cpu, memory, 100_000, 32)

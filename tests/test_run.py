@@ -706,7 +706,7 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_pat
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(utils_config.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
     with (
-        pytest.raises(utils_config.ConfigError, match=r"0\.79 GB each, .*, 2\.00 GB free on .*MEM_SIZE=80_000"),
+        pytest.raises(utils_config.ConfigError, match=r"up to 0\.79 GB each, .*, 2\.00 GB free on .*MEM_SIZE=80_000"),
         utils_run.open_run(constants(MEM_SIZE=100_000), CPU, 706_000_000),
     ):
         pass
