@@ -153,28 +153,34 @@ class Recorder:
         return getattr(self.original, name)
 
 
-# constant, another value, and the argument of Agent, a memory or AtariEnv in which it must arrive
-ARGUMENTS = [
-    ("STACK_SIZE", 2, "stack_size"),
-    ("FRAME_SKIP", 3, "frame_skip"),
-    ("LEARNING_RATE", 0.5, "learning_rate"),
-    ("ADAM_EPS", 0.5, "adam_eps"),
-    ("EPS_START", 0.9, "eps_start"),
-    ("EPS_END", 0.3, "eps_end"),
-    ("EPS_DECAY", 77, "eps_decay"),
-    ("DOUBLE_DQN", True, "double_dqn"),
-    ("DUELING", True, "dueling"),
-    ("LAYER_NORM", True, "layer_norm"),
-    ("QUANTILES", 3, "quantiles"),
-    ("ATOMS", 3, "atoms"),
-    ("V_MAX", 3.0, "v_max"),
-    ("N_STEP", 3, "n_step"),
-    ("GAMMA", 0.5, "gamma"),
-    ("PRIORITIZED", True, "alpha"),
-    ("ALPHA", 0.9, "alpha"),
-    ("BETA_START", 0.9, "beta_start"),
-    ("BETA_STEPS", 77, "beta_steps"),
-    ("CUDA_GRAPHS", False, "graphs"),
+# argument of Agent, a memory or AtariEnv, and the constant that must arrive in it
+ARGUMENTS = {
+    name.lower(): name
+    for name in (
+        "STACK_SIZE FRAME_SKIP LEARNING_RATE ADAM_EPS EPS_START EPS_END EPS_DECAY DOUBLE_DQN DUELING LAYER_NORM "
+        "QUANTILES ATOMS V_MAX N_STEP GAMMA ALPHA BETA_START BETA_STEPS"
+    ).split()
+} | {"graphs": "CUDA_GRAPHS"}
+NUMBERS = {
+    "STACK_SIZE": 3,
+    "FRAME_SKIP": 5,
+    "LEARNING_RATE": 0.45,
+    "ADAM_EPS": 0.55,
+    "EPS_START": 0.9,
+    "EPS_END": 0.3,
+    "EPS_DECAY": 77,
+    "V_MAX": 3.5,
+    "N_STEP": 2,
+    "GAMMA": 0.65,
+    "ALPHA": 0.75,
+    "BETA_START": 0.85,
+    "BETA_STEPS": 78,
+}
+# No two constants have the same values in all of these runs, so none can have arrived in place of another.
+ARRIVALS = [
+    {**NUMBERS, "DOUBLE_DQN": True, "DUELING": False, "LAYER_NORM": False, "CUDA_GRAPHS": False, "QUANTILES": 4},
+    {**NUMBERS, "DOUBLE_DQN": False, "DUELING": True, "LAYER_NORM": False, "CUDA_GRAPHS": False, "ATOMS": 7},
+    {**NUMBERS, "DOUBLE_DQN": False, "DUELING": False, "LAYER_NORM": True, "CUDA_GRAPHS": False},
 ]
 # constant, another value: the run's rows or weights must differ from those of a plain prioritized run
 EFFECTS = [
@@ -188,7 +194,7 @@ EFFECTS = [
     ("WARM_STEPS", 150),
     ("MEM_SIZE", 160),
     ("EVALUATE_FREQ", 100),
-    ("CHECKPOINT_FREQ", 200),
+    ("CHECKPOINT_FREQ", 120),
     ("EVAL_EPISODES", 3),
     ("EVAL_EPS", 0.5),
     ("PRECISION", "bfloat16"),
@@ -225,39 +231,39 @@ def plain_run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         directory = tmp_path_factory.mktemp("plain")
         patch.chdir(directory)
-        for name, value in {**TINY, **BUSY}.items():
+        for name, value in {**TINY, **BUSY, **SHORT}.items():
             patch.setattr(main, name, value)
         main.main()
     return Run(directory)
 
 
-# Enough updates, and few enough random actions, for any constant to leave a trace.
+# Enough updates, and few enough random actions, for any constant to leave a trace, in a run that is soon over.
 BUSY = {"PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3, "EPS_DECAY": 300, "EPS_END": 0.5}
+SHORT = {"MAX_STEPS": 200, "EVALUATE_FREQ": 200}
 
 
 @pytest.mark.parametrize(("name", "value"), EFFECTS)
 def test_every_constant_changes_what_a_run_does(tiny_run, plain_run, name, value):
-    run = tiny_run(**{**BUSY, name: value, **({"LEARNING_RATE": 1e-2} if name == "LEARNING_RATE" else {})})
+    run = tiny_run(**{**BUSY, **SHORT, name: value, **({"LEARNING_RATE": 1e-2} if name == "LEARNING_RATE" else {})})
     mine, plain = run.weights(len(run.models) - 1), plain_run.weights(len(plain_run.models) - 1)
     if run.lines == plain_run.lines and same_shapes(mine, plain):
         assert any(not torch.equal(mine[key], plain[key]) for key in mine)
 
 
 def test_v_max_changes_what_a_run_with_atoms_does(tiny_run):
-    narrow, wide = (tiny_run(**{**BUSY, "ATOMS": 5, "V_MAX": v_max}).weights(1) for v_max in (3.0, 10.0))
+    narrow, wide = (tiny_run(**{**BUSY, **SHORT, "ATOMS": 5, "V_MAX": v_max}).weights(1) for v_max in (3.0, 10.0))
     assert any(not torch.equal(narrow[key], wide[key]) for key in narrow)
 
 
-@pytest.mark.parametrize(("name", "value", "argument"), ARGUMENTS)
-def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, name, value, argument):
+@pytest.mark.parametrize("constants", ARRIVALS, ids=["quantiles", "atoms", "norm"])
+def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, constants):
     recorders = {cls: Recorder(getattr(main, cls)) for cls in ("Agent", "AtariEnv", "PrioritizedReplayMemory")}
     for cls, recorder in recorders.items():
         monkeypatch.setattr(main, cls, recorder)
-    tiny_run(**{"PRIORITIZED": True, "MAX_STEPS": 8, name: value})
-    arrived = [kwargs[argument] for recorder in recorders.values() for _, kwargs in recorder.made if argument in kwargs]
-    assert arrived
-    if name != "PRIORITIZED":
-        assert set(arrived) == {value}
+    tiny_run(**{"PRIORITIZED": True, "MAX_STEPS": 8, **constants})
+    made = [kwargs for recorder in recorders.values() for _, kwargs in recorder.made]
+    for argument, name in ARGUMENTS.items():
+        assert {kwargs[argument] for kwargs in made if argument in kwargs} == {getattr(main, name)}, name
 
 
 def test_average_steps_are_counted_in_updates_by_the_agent(monkeypatch, tiny_run):
