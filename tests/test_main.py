@@ -153,15 +153,8 @@ class Recorder:
         return getattr(self.original, name)
 
 
-# argument of Agent, a memory or AtariEnv, and the constant that must arrive in it
-ARGUMENTS = {
-    name.lower(): name
-    for name in (
-        "STACK_SIZE FRAME_SKIP LEARNING_RATE ADAM_EPS EPS_START EPS_END EPS_DECAY DOUBLE_DQN DUELING LAYER_NORM "
-        "QUANTILES ATOMS V_MAX N_STEP GAMMA ALPHA BETA_START BETA_STEPS"
-    ).split()
-} | {"graphs": "CUDA_GRAPHS"}
-NUMBERS = {
+# Constants that must arrive in arguments of Agent, a memory or AtariEnv, which are called like them but for one.
+ARRIVING = {
     "STACK_SIZE": 3,
     "FRAME_SKIP": 5,
     "LEARNING_RATE": 0.45,
@@ -169,19 +162,21 @@ NUMBERS = {
     "EPS_START": 0.9,
     "EPS_END": 0.3,
     "EPS_DECAY": 77,
+    "DOUBLE_DQN": False,
+    "DUELING": False,
+    "LAYER_NORM": False,
+    "QUANTILES": 1,
+    "ATOMS": 1,
     "V_MAX": 3.5,
     "N_STEP": 2,
     "GAMMA": 0.65,
     "ALPHA": 0.75,
     "BETA_START": 0.85,
     "BETA_STEPS": 78,
+    "CUDA_GRAPHS": False,
 }
 # No two constants have the same values in all of these runs, so none can have arrived in place of another.
-ARRIVALS = [
-    {**NUMBERS, "DOUBLE_DQN": True, "DUELING": False, "LAYER_NORM": False, "CUDA_GRAPHS": False, "QUANTILES": 4},
-    {**NUMBERS, "DOUBLE_DQN": False, "DUELING": True, "LAYER_NORM": False, "CUDA_GRAPHS": False, "ATOMS": 7},
-    {**NUMBERS, "DOUBLE_DQN": False, "DUELING": False, "LAYER_NORM": True, "CUDA_GRAPHS": False},
-]
+ARRIVALS = [{"QUANTILES": 4, "DOUBLE_DQN": True}, {"ATOMS": 7, "DUELING": True}, {"LAYER_NORM": True}]
 # constant, another value: the run's rows or weights must differ from those of a plain prioritized run
 EFFECTS = [
     ("GAME", "pong"),
@@ -255,15 +250,17 @@ def test_v_max_changes_what_a_run_with_atoms_does(tiny_run):
     assert any(not torch.equal(narrow[key], wide[key]) for key in narrow)
 
 
-@pytest.mark.parametrize("constants", ARRIVALS, ids=["quantiles", "atoms", "norm"])
-def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, constants):
+@pytest.mark.parametrize("changes", ARRIVALS, ids=["quantiles", "atoms", "norm"])
+def test_every_constant_arrives_where_it_belongs(monkeypatch, tiny_run, changes):
     recorders = {cls: Recorder(getattr(main, cls)) for cls in ("Agent", "AtariEnv", "PrioritizedReplayMemory")}
     for cls, recorder in recorders.items():
         monkeypatch.setattr(main, cls, recorder)
-    tiny_run(**{"PRIORITIZED": True, "MAX_STEPS": 8, **constants})
+    constants = {**ARRIVING, **changes}
+    tiny_run(PRIORITIZED=True, MAX_STEPS=8, **constants)
     made = [kwargs for recorder in recorders.values() for _, kwargs in recorder.made]
-    for argument, name in ARGUMENTS.items():
-        assert {kwargs[argument] for kwargs in made if argument in kwargs} == {getattr(main, name)}, name
+    for name, value in constants.items():
+        argument = "graphs" if name == "CUDA_GRAPHS" else name.lower()
+        assert {kwargs[argument] for kwargs in made if argument in kwargs} == {value}, name
 
 
 def test_average_steps_are_counted_in_updates_by_the_agent(monkeypatch, tiny_run):
