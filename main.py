@@ -142,7 +142,8 @@ def train(
             evaluate(step)
             if run.due(step):  # a checkpoint
                 log.settle(step)
-                run.save(step, loss)
+                with log.pause(step, "writing a checkpoint"):
+                    run.save(step, loss)
                 states, row = restart(step)
 
 

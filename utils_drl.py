@@ -65,14 +65,15 @@ class CudaGraph:
         graph = torch.cuda.CUDAGraph()
         for generator in self._generators:
             graph.register_generator_state(generator)
-        generators = (*self._generators, torch.cuda.default_generators[torch.cuda.current_device()])  # also registered
+        # Recording registers the default one by itself.
+        generators = (*self._generators, torch.cuda.default_generators[torch.cuda.current_device()])
         states = [generator.get_state() for generator in generators]
         try:
             # The outer context brings the current stream back also when the end of a failed recording raises.
             with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=self._stream):
                 self._result = self._function()
         except RuntimeError:
-            for generator, state in zip(generators, states, strict=True):  # they still believe in the recording
+            for generator, state in zip(generators, states, strict=True):  # before torch 2.13 they stay in it
                 fresh = torch.Generator(generator.device)
                 fresh.set_state(state)
                 generator.graphsafe_set_state(fresh.graphsafe_get_state())

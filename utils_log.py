@@ -19,7 +19,7 @@ from tqdm import tqdm
 import utils_config
 from utils_config import count
 from utils_drl import Agent, write_whole
-from utils_env import AtariEnv, normalize_game
+from utils_env import EVAL_FRAMES, AtariEnv, normalize_game
 from utils_record import CURVES, PICTURE, REWARDS, watch
 from utils_run import Run
 from utils_types import Episode, Evaluation, best_of
@@ -50,6 +50,9 @@ def introduction(constants: dict, device: torch.device, storage: str, space: str
         f"curves: tensorboard --logdir={CURVES}",
         f"Ctrl-C stops the run at any time, and the same command goes on: {utils_config.command_line()}",
     ]
+    if (period := constants["CHECKPOINT_FREQ"] // constants["NUM_ENVS"]) * constants["FRAME_SKIP"] < EVAL_FRAMES:
+        told = f"every game starts anew after {count(period, 'step')}, so its later part is never seen"
+        lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
     if steps <= warm:
         lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends before WARM_STEPS ({warm})")
     return "\n".join([*lines, "making the games, the networks and the memory"])
@@ -128,7 +131,7 @@ class Log:
     def evaluated(self) -> None:
         """Tell of the run's last evaluation."""
         self._draw()
-        last, best = self._run.evaluations[-1], best_of(self._run.evaluations)
+        last, best = self._run.evaluations[-1], self._best
         games, low, high = count(len(last.scores), "game"), min(last.scores), max(last.scores)
         told = f"step {last.step:,}: mean score {last.mean:.1f} of {games}, {low:g} to {high:g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
@@ -137,6 +140,7 @@ class Log:
         self._curves.flush()
 
     def _draw(self) -> None:
+        self._best = best_of(self._run.evaluations)  # kept, since the bar asks for it again and again
         draw_rewards(PICTURE, self._run.evaluations, self._heading)
 
     def _clock(self) -> float:
@@ -169,7 +173,7 @@ class Log:
             words.append("learning goes on" if self._has_learned else "learning starts")
         else:
             words.append(f"{span(max(self._total - step, 0) / rate)} left")
-        scores = {"evaluation score": self._run.evaluations[-1].mean, "best": best_of(self._run.evaluations).mean}
+        scores = {"evaluation score": self._run.evaluations[-1].mean, "best": self._best.mean}
         if self._recent:
             scores["training score"] = np.mean(self._recent)
         words += [f"{name} {score:.{1 if abs(score) < 1000 else 0}f}" for name, score in scores.items()]

@@ -17,7 +17,7 @@ from utils_drl import write_whole
 
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
-FREE = ("MAX_STEPS", "RENDER", "THREADS", "CUDA_GRAPHS")  # constants that may change; the last two change rounding
+FREE = ("MAX_STEPS", "RENDER", "THREADS", "CUDA_GRAPHS", "DEVICE")  # may change; the last three change rounding
 UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
 ELSEWHERE = (
     "start in another directory (and with another SAVE_PREFIX, if that is a place of its own), "

@@ -168,9 +168,9 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, network):
         assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-9), name
 
 
-def trained(graphs, dtype, kind=PrioritizedReplayMemory, updates=(8,) * 125, **network):
+def trained(graphs, kind, updates, **network):
     """An agent after learning `updates` at a time from a memory of noise, what it drew, and the losses."""
-    agent = Agent(4, CUDA, double_dqn=True, dtype=dtype, graphs=graphs, **network)
+    agent = Agent(4, CUDA, double_dqn=True, graphs=graphs, **network)
     memory = kind(600, 8, n_step=3, device=CUDA)
     drawn, losses = [], []
     for number, row in enumerate(rows(60 + len(updates), 8)):
@@ -189,7 +189,7 @@ def test_graphs_learn_what_the_plain_path_learns(kind, network):
     """From the same draws: what a graph draws from is the memory's generator and its tree of the moment."""
     updates = [2, 3] * 12  # two graphs take turns
     (plain, its_draws, its_losses), (fast, draws, losses) = (
-        trained(graphs, torch.float32, kind, updates, average_updates=20, **network) for graphs in (False, True)
+        trained(graphs, kind, updates, average_updates=20, **network) for graphs in (False, True)
     )
     assert torch.equal(draws, its_draws)
     assert torch.allclose(losses, its_losses, rtol=1e-3, atol=1e-5)
@@ -201,8 +201,9 @@ def test_graphs_learn_what_the_plain_path_learns(kind, network):
 
 
 @pytest.mark.parametrize("network", [NETWORKS["classic"], NETWORKS["atoms-norms"]], ids=["classic", "atoms-norms"])
-def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32(network):
-    """On the values that are taught; those of other actions drift, as they do after any other tiny change."""
+def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32(monkeypatch, network):
+    """On the values that are taught, for which a CPU gives 0.02 to 0.06; those of other actions drift further."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     memory = ReplayMemory(600, 8, n_step=3, device=CUDA)
     for row in rows(60, 8):
         memory.push(on(CUDA, row))
@@ -318,7 +319,7 @@ def test_a_resumed_agent_and_a_reseeded_memory_go_on_by_graphs_as_without():
     outcomes = []
     for graphs in (False, True):
         options = {"average_updates": 20}
-        agent, _, _ = trained(graphs, torch.float32, ReplayMemory, [1] * (CudaGraph.WARM_UP + 8), **options)
+        agent, _, _ = trained(graphs, ReplayMemory, [1] * (CudaGraph.WARM_UP + 8), **options)
         twin = Agent(4, CUDA, double_dqn=True, graphs=graphs, **options)
         memory = ReplayMemory(600, 8, n_step=3, device=CUDA)
         twin.load_state_dict(agent.state_dict())
@@ -345,6 +346,7 @@ def test_where_recording_fails_learning_goes_on_without_graphs(capfd):
             batch.indices.max().item()
             return batch
 
-    _, _, losses = trained(True, torch.float32, Waiting, [1] * (CudaGraph.WARM_UP + 5))
+    _, _, losses = trained(True, Waiting, [1] * (CudaGraph.WARM_UP + 5))
     assert losses.isfinite().all()
     assert capfd.readouterr().err.count("CUDA graphs do not work here") == 1
+    assert torch.rand(1, device=CUDA).isfinite().all()  # the default generator, too, has left the recording

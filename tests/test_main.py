@@ -176,7 +176,11 @@ ARRIVING = {
     "CUDA_GRAPHS": False,
 }
 # No two constants have the same values in all of these runs, so none can have arrived in place of another.
-ARRIVALS = [{"QUANTILES": 4, "DOUBLE_DQN": True}, {"ATOMS": 7, "DUELING": True}, {"LAYER_NORM": True}]
+ARRIVALS = [
+    {"QUANTILES": 4, "DOUBLE_DQN": True, "CUDA_GRAPHS": True},
+    {"ATOMS": 7, "DUELING": True, "CUDA_GRAPHS": True},
+    {"LAYER_NORM": True},
+]
 # constant, another value: the run's rows or weights must differ from those of a plain prioritized run
 EFFECTS = [
     ("GAME", "pong"),
@@ -234,7 +238,7 @@ def plain_run(tmp_path_factory):
 
 # Enough updates, and few enough random actions, for any constant to leave a trace, in a run that is soon over.
 BUSY = {"PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3, "EPS_DECAY": 300, "EPS_END": 0.5}
-SHORT = {"MAX_STEPS": 200, "EVALUATE_FREQ": 200}
+SHORT = {"MAX_STEPS": 200}
 
 
 @pytest.mark.parametrize(("name", "value"), EFFECTS)
@@ -496,6 +500,14 @@ def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp
     (tmp_path / "eval_003").mkdir()
     with pytest.raises(utils_config.ConfigError, match="eval_003 is from another run"):
         main.main()
+
+
+def test_games_that_never_get_far_are_told(tiny_run, capsys):
+    told = "starts anew after {} steps, so its later part is never seen: raise CHECKPOINT_FREQ, or lower NUM_ENVS"
+    tiny_run(MAX_STEPS=8, CHECKPOINT_FREQ=4 * 4_499)
+    assert told.format("4,499") in capsys.readouterr().err
+    tiny_run(MAX_STEPS=8, CHECKPOINT_FREQ=4 * 4_500)
+    assert "starts anew" not in capsys.readouterr().err
 
 
 def test_a_run_too_short_to_learn_says_so(tiny_run, capsys):

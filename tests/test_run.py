@@ -441,16 +441,16 @@ def test_the_record_tells_how_the_run_came_about(run_main, tmp_path):
     assert {"python", "numpy", "gymnasium", "ale-py", "commit", "dirty", "precision", "time"} <= start.keys()
 
 
-def test_other_threads_may_go_on_but_are_said_not_to_be_bit_for_bit(monkeypatch, run_main, tmp_path):
+def test_other_threads_or_devices_may_go_on_but_are_said_not_to_be_bit_for_bit(monkeypatch, run_main, tmp_path):
     with monkeypatch.context() as patch:
         at_call(patch, main.ReplayMemory, "push", 32, lambda: os.kill(os.getpid(), signal.SIGINT))
         run_main(tmp_path / "run")
     try:
-        status, told = run_main(tmp_path / "run", THREADS=2)
+        status, told = run_main(tmp_path / "run", THREADS=2, DEVICE="cpu:0")
     finally:
         torch.set_num_threads(1)
     assert status == 0
-    assert re.search("not bit for bit as before: device was cpu .*, 1 thread, is cpu .*, 2 threads\n", told)
+    assert re.search("not bit for bit as before: device was cpu .*, 1 thread, is cpu:0 .*, 2 threads\n", told)
 
 
 # Files and faults, with something small in place of agent and memory
