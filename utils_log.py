@@ -50,7 +50,8 @@ def introduction(constants: dict, device: torch.device, storage: str, space: str
         f"curves: tensorboard --logdir={CURVES}",
         f"Ctrl-C stops the run at any time, and the same command goes on: {utils_config.command_line()}",
     ]
-    if (period := constants["CHECKPOINT_FREQ"] // constants["NUM_ENVS"]) * constants["FRAME_SKIP"] < EVAL_FRAMES:
+    period = constants["CHECKPOINT_FREQ"] // constants["NUM_ENVS"]
+    if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < EVAL_FRAMES:
         told = f"every game starts anew after {count(period, 'step')}, so its later part is never seen"
         lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
     if steps <= warm:
@@ -85,7 +86,7 @@ class Log:
         # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
         self._curves = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
         if run.evaluations:
-            self._draw()
+            self._take_in()
         rows = (f"| {name} | {constants[name]} |" for name in utils_config.constants(constants))
         self._curves.add_text("constants", "\n".join(["| constant | value |", "|---|---|", *rows]), start)
         done = min(start, self._total)
@@ -130,7 +131,7 @@ class Log:
 
     def evaluated(self) -> None:
         """Tell of the run's last evaluation."""
-        self._draw()
+        self._take_in()
         last, best = self._run.evaluations[-1], self._best
         games, low, high = count(len(last.scores), "game"), min(last.scores), max(last.scores)
         told = f"step {last.step:,}: mean score {last.mean:.1f} of {games}, {low:g} to {high:g}"
@@ -139,8 +140,9 @@ class Log:
             self._curves.add_scalar(f"evaluation/{name}", value, last.step)
         self._curves.flush()
 
-    def _draw(self) -> None:
-        self._best = best_of(self._run.evaluations)  # kept, since the bar asks for it again and again
+    def _take_in(self) -> None:
+        """Draw the run's evaluations, and keep the best, for which the bar asks again and again."""
+        self._best = best_of(self._run.evaluations)
         draw_rewards(PICTURE, self._run.evaluations, self._heading)
 
     def _clock(self) -> float:

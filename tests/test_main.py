@@ -14,6 +14,7 @@ from PIL import Image
 import main
 import utils_config
 import utils_drl
+import utils_log
 import utils_memory
 
 TINY = {
@@ -502,12 +503,19 @@ def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp
         main.main()
 
 
-def test_games_that_never_get_far_are_told(tiny_run, capsys):
-    told = "starts anew after {} steps, so its later part is never seen: raise CHECKPOINT_FREQ, or lower NUM_ENVS"
-    tiny_run(MAX_STEPS=8, CHECKPOINT_FREQ=4 * 4_499)
-    assert told.format("4,499") in capsys.readouterr().err
-    tiny_run(MAX_STEPS=8, CHECKPOINT_FREQ=4 * 4_500)
-    assert "starts anew" not in capsys.readouterr().err
+def test_games_that_never_get_far_are_told():
+    def introduce(steps: int, checkpoint_freq: int) -> str:
+        constants = {**vars(main), "MAX_STEPS": steps, "CHECKPOINT_FREQ": checkpoint_freq, "NUM_ENVS": 4}
+        return utils_log.introduction(constants, torch.device("cpu"), "", "")
+
+    assert "starts anew after 4,499 steps, so its later part is never seen: raise" in introduce(100_000, 4 * 4_499)
+    assert "starts anew" not in introduce(100_000, 4 * 4_500)  # as long as an evaluation's games may last
+    assert "starts anew" not in introduce(4 * 4_499, 4 * 4_499)  # over before
+
+
+def test_writing_a_checkpoint_is_told(tiny_run, capsys):
+    tiny_run(CHECKPOINT_FREQ=200)
+    assert "step 200 of 400: writing a checkpoint" in capsys.readouterr().err
 
 
 def test_a_run_too_short_to_learn_says_so(tiny_run, capsys):
