@@ -32,13 +32,13 @@ FRAME_SKIP: int = 4  # emulator frames per step
 
 # The algorithm: what measured best on Breakout; README.md has the classic recipe of Mnih et al. 2015 as one line
 GAMMA: float = 0.99  # discount per step
-EPS_START: float = 1.0  # probability of a random action at first
+EPS_START: float = 1.0  # probability of a random action at first, and until learning starts
 EPS_END: float = 0.01  # probability of a random action in the end
 EPS_DECAY: int = 250_000  # steps of training over which it falls, linearly
 BATCH_SIZE: int = 32  # transitions per update
 POLICY_UPDATE: int = 8  # steps per update; the usual 4 scored less on Breakout at 800k steps, in 1.9 times the time
 TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target network
-WARM_STEPS: int = 20_000  # steps of random play before learning starts
+WARM_STEPS: int = 20_000  # steps of play before learning starts, random where EPS_START is 1
 MEM_SIZE: int = 1_000_000  # steps the replay memory keeps, 7.1 kB each: 7.1 GB; 100_000 learned less
 LEARNING_RATE: float = 2.5e-4  # of Adam
 ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
@@ -79,7 +79,7 @@ def main() -> None:
         utils_play.play(PLAY, device, dtype, EVAL_EPS, SEED)
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
-    with utils_run.open_run(globals(), device, Memory.needed_bytes(MEM_SIZE, NUM_ENVS)) as run:
+    with utils_run.open_run(globals(), device, Memory) as run:
         storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
         print(utils_log.introduction(globals(), device, sentence, run.space), file=sys.stderr)
         train(run, device, dtype, Memory, storage)

@@ -333,8 +333,13 @@ def make_fit(mem_size: float) -> str:
     return f"free some, or begin a run with --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
 
 
-def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
-    """A sentence on the disk space that checkpoints of such a memory take. Raises ConfigError if it is not there."""
+def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> str:
+    """A sentence on the disk space that checkpoints take. Raises ConfigError if it is not there.
+
+    A checkpoint holds the steps that are stored by then, which in a short run are fewer than MEM_SIZE.
+    """
+    stored = min(constants["MEM_SIZE"], constants["MAX_STEPS"] + constants["NUM_ENVS"])
+    memory_bytes = memory.needed_bytes(stored, constants["NUM_ENVS"])
     outputs = max(constants["QUANTILES"], constants["ATOMS"])
     networks = 20 * ((4 << 20) + 19 * 513 * outputs)  # three and Adam's moments, in float32, of 18 actions, dueling
     size = memory_bytes + networks
@@ -344,7 +349,7 @@ def check_disk(constants: dict, directory: Path, memory_bytes: int) -> str:
     needed = f"up to {size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
     sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
-        remedy = make_fit((free / most - networks) / memory_bytes * constants["MEM_SIZE"])
+        remedy = make_fit((free / most - networks) / memory_bytes * stored)
         raise ConfigError(f"{sentence}; {remedy}")
     return sentence
 

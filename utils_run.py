@@ -23,6 +23,7 @@ from torch import Tensor
 
 from utils_config import ConfigError, Stopped, check_disk, command_line, constants, describe_start, out_of_memory
 from utils_drl import write_whole
+from utils_memory import ReplayMemory
 from utils_record import ELSEWHERE, REWARDS, Record, changed, claim
 from utils_types import Evaluation, best_of
 
@@ -30,7 +31,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the te
 
 
 @contextlib.contextmanager
-def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator["Run"]:
+def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> Iterator["Run"]:
     """The run of the constants in `module`, new or gone on with, in the current directory and in SAVE_PREFIX.
 
     Raises ConfigError where its results cannot go or would mix with others, and Stopped for a run that has finished,
@@ -40,7 +41,7 @@ def open_run(module: dict, device: torch.device, memory_bytes: int) -> Iterator[
     with contextlib.ExitStack() as stack:
         try:
             record = claim(values, stack)
-            space = check_disk(values, record.models, memory_bytes)
+            space = check_disk(values, record.models, memory)
         except OSError as error:
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {values['SAVE_PREFIX']})"
             raise ConfigError(told) from None
@@ -168,13 +169,14 @@ class Run:
             self.leave()
 
     def finish(self) -> None:
-        """After the last step: keep what a larger MAX_STEPS would go on from."""
+        """After the last step: keep what a larger MAX_STEPS would go on from, and no more of that."""
         if self._record.checkpoint != self._step:
             print("writing the last checkpoint", file=sys.stderr)
             self._save()
         best = best_of(self.evaluations)
         self._record.finished, self._record.best, self._record.score = self._step, best.model, best.mean
         self._record.write()
+        self._prune(1)
 
     def stopped(self, cause: str, remedy: str) -> Stopped:
         """The exception that ends the run at this step."""
@@ -227,9 +229,9 @@ class Run:
         self._record.write()
         self._prune()
 
-    def _prune(self) -> None:
-        """Keep the last two checkpoints."""
-        for old in self._checkpoints()[:-2]:
+    def _prune(self, kept: int = 2) -> None:
+        """Keep the last checkpoints: the newest, and one for when it turns out damaged."""
+        for old in self._checkpoints()[:-kept]:
             old.unlink()
 
     def _load(self, path: Path) -> None:

@@ -30,6 +30,8 @@ from test_main import TINY
 import main
 import utils_config
 import utils_run
+from utils_env import AtariEnv
+from utils_memory import ReplayMemory
 
 CPU = torch.device("cpu")
 RUN = {**TINY, "CHECKPOINT_FREQ": 100, "PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3}
@@ -269,7 +271,7 @@ def test_a_signal_while_a_checkpoint_is_written_ends_the_run_with_that_one(monke
     agent.state_dict = lambda: os.kill(os.getpid(), signal.SIGTERM) or {"numbers": agent.numbers}
 
     def run() -> None:
-        with utils_run.open_run(constants(), CPU, 0) as run:
+        with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
             run.resume(agent, memory)
             assert run.due(100)
             run.save(100, None)
@@ -384,10 +386,18 @@ def test_an_evaluation_at_an_end_off_the_beat_makes_way_when_the_run_goes_on(run
     assert torch.load(tmp_path / "run" / "models" / "model_002", weights_only=True)["about"]["step"] == 400
 
 
-def test_at_most_two_checkpoints_are_kept(run_main, tmp_path):
-    run_main(tmp_path / "run")
-    kept = sorted(path.name for path in (tmp_path / "run" / "models").glob("checkpoint*"))
-    assert kept == ["checkpoint_0000000300", "checkpoint_0000000400"]
+def test_at_most_two_checkpoints_are_kept_and_one_when_the_run_is_finished(run_main, tmp_path):
+    kept = []
+
+    def evaluate(env, *arguments, **options):
+        kept.append(sorted(path.name for path in Path("models").glob("checkpoint*")))
+        return np.zeros(1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AtariEnv, "evaluate", evaluate)
+        run_main(tmp_path / "run")
+    assert kept == [[], ["checkpoint_0000000100"], ["checkpoint_0000000200", "checkpoint_0000000300"]]
+    assert [path.name for path in (tmp_path / "run" / "models").glob("checkpoint*")] == ["checkpoint_0000000400"]
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeypatch, run_main, tmp_path):
@@ -485,7 +495,7 @@ def constants(**values) -> dict:
 def write(last: int, size: int = 1000, **values) -> None:
     """A run here that has come to step `last` and dies."""
     try:
-        with utils_run.open_run(constants(**values), CPU, 0) as run:
+        with utils_run.open_run(constants(**values), CPU, ReplayMemory) as run:
             part = Part(size)
             for step in range(run.resume(part, part) + 4, last + 4, 4):
                 part.numbers.fill_(step)
@@ -502,7 +512,7 @@ def resume(**values) -> int:
     """The step at which the run here goes on; the numbers must be those of that step."""
     part = Part()
     try:
-        with utils_run.open_run(constants(**values), CPU, 0) as run:
+        with utils_run.open_run(constants(**values), CPU, ReplayMemory) as run:
             step = run.resume(part, part)
             raise Killed
     except Killed:
@@ -587,7 +597,7 @@ def test_a_checkpoint_that_gave_way_is_written_again_where_the_run_is_stopped(pl
     part = Part()
 
     def run() -> None:
-        with utils_run.open_run(constants(), CPU, 0) as run:
+        with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
             run.resume(part, part)
             part.numbers.fill_(300)
             run.report(3, 300, np.array([1.0]))
@@ -691,7 +701,7 @@ def test_a_damaged_record_is_refused(place):
 def test_a_second_start_beside_a_running_one_is_refused(monkeypatch, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    with utils_run.open_run(constants(), CPU, 0) as run:
+    with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
         run.resume(Part(), Part())
         run.report(0, 0, np.array([1.0]))
         for directory, models in (("elsewhere", "../models"), (".", "models"), (".", "other_models")):
@@ -707,18 +717,19 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_pat
     monkeypatch.setattr(utils_config.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
     with (
         pytest.raises(utils_config.ConfigError, match=r"up to 0\.79 GB each, .*, 2\.00 GB free on .*MEM_SIZE=80_000"),
-        utils_run.open_run(constants(MEM_SIZE=100_000), CPU, 706_000_000),
+        utils_run.open_run(constants(MEM_SIZE=100_000, MAX_STEPS=1_000_000), CPU, ReplayMemory),
     ):
         pass
-    with pytest.raises(Killed), utils_run.open_run(constants(), CPU, 500_000_000):
-        raise Killed  # 0.6 GB three times are there
+    for sizes in ({"MEM_SIZE": 70_000, "MAX_STEPS": 1_000_000}, {"MEM_SIZE": 1_000_000, "MAX_STEPS": 70_000}):
+        with pytest.raises(Killed), utils_run.open_run(constants(**sizes), CPU, ReplayMemory):
+            raise Killed  # 0.6 GB three times are there, and of a large memory a short run fills no more
 
 
 @pytest.fixture
 def begun(monkeypatch, tmp_path):
     """A run in the current directory that was evaluated at step 0 and killed."""
     monkeypatch.chdir(tmp_path)
-    with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, 0) as run:
+    with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, ReplayMemory) as run:
         run.resume(Part(), Part())
         run.report(0, 0, np.array([1.0]))
         for name in ("models/model_000", "rewards.png", "eval_000/000000.png", "eval_000.gif", "curves/events.out.x"):
@@ -738,7 +749,7 @@ def files() -> dict[Path, bytes]:
 def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
     with monkeypatch.context() as patch:
         at_call(patch, Path, "unlink", number, kill)
-        with pytest.raises(Killed), utils_run.open_run(constants(GAMMA=0.5), CPU, 0):
+        with pytest.raises(Killed), utils_run.open_run(constants(GAMMA=0.5), CPU, ReplayMemory):
             pass
     assert Path("run.json").exists()
     write(20, GAMMA=0.5)
@@ -797,7 +808,7 @@ def failing(place):
         part = Part(size)
 
         def run() -> None:
-            with utils_run.open_run(constants(), CPU, 0) as run:
+            with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
                 run.resume(part, part)
                 action(run, part)
 
@@ -881,7 +892,7 @@ def test_memory_refused_while_a_checkpoint_is_read_leaves_it_where_it_is(monkeyp
     used = resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
 
     def run() -> None:
-        with utils_run.open_run(constants(), CPU, 0) as run:
+        with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
             resource.setrlimit(resource.RLIMIT_AS, (used + 10_000_000, limits[1]))
             run.resume(part, part)
 
@@ -895,7 +906,7 @@ def test_memory_refused_while_a_checkpoint_is_read_leaves_it_where_it_is(monkeyp
 
 def test_an_error_that_is_none_of_these_keeps_its_traceback(place):
     place()
-    with pytest.raises(RuntimeError, match="a fault"), utils_run.open_run(constants(), CPU, 0):
+    with pytest.raises(RuntimeError, match="a fault"), utils_run.open_run(constants(), CPU, ReplayMemory):
         raise RuntimeError("a fault")
 
 
