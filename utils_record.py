@@ -14,6 +14,7 @@ from pathlib import Path
 
 from utils_config import ConfigError, Stopped
 from utils_drl import write_whole
+from utils_env import normalize_game
 
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
@@ -39,8 +40,8 @@ class Record:
 
     @property
     def models(self) -> Path:
-        """The directory of the models and checkpoints; ~ is the home directory."""
-        return Path(os.path.expanduser(self.constants["SAVE_PREFIX"]))
+        """The directory of the models and checkpoints."""
+        return expand(self.constants["SAVE_PREFIX"])
 
     @property
     def owns_models(self) -> bool:
@@ -98,9 +99,23 @@ def claim(values: dict, stack: contextlib.ExitStack) -> Record:
 
 def changed(before: dict, now: dict) -> str:
     """The constants of a run that are not what they were, in words, or nothing."""
-    names = [name for name in before | now if name not in FREE and before.get(name) != now.get(name)]
+    names = [name for name in before | now if name not in FREE and not _same(name, before, now)]
     was = {name: f"{name}={before[name]}" if name in before else f"no {name} (an earlier version's)" for name in names}
     return ", and ".join(f"{was[name]}, not {now.get(name)}" for name in names)
+
+
+def _same(name: str, before: dict, now: dict) -> bool:
+    """Whether the constant `name` means what it did: a game has several spellings, and so has a directory."""
+    if name not in before or name not in now or before[name] == now[name]:
+        return name in before and name in now
+    if name == "GAME":
+        return normalize_game(before[name]) == normalize_game(now[name])
+    return name == "SAVE_PREFIX" and expand(before[name]).resolve() == expand(now[name]).resolve()
+
+
+def expand(place: str) -> Path:
+    """The directory `place`; ~ is the home directory."""
+    return Path(os.path.expanduser(place))
 
 
 def watch(model: Path) -> str:

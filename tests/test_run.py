@@ -638,6 +638,14 @@ def test_other_constants_are_refused(place, name, value):
     assert resume() == 300
 
 
+def test_other_spellings_of_the_same_constants_go_on(place):
+    place()
+    assert resume(GAME="ALE/Breakout-v5") == 300
+    assert resume(SAVE_PREFIX="models/") == resume(SAVE_PREFIX=os.path.abspath("models")) == resume() == 300
+    with pytest.raises(utils_config.ConfigError, match=r"has SAVE_PREFIX=\./models, not others"):
+        resume(SAVE_PREFIX="others")
+
+
 def test_an_end_behind_the_checkpoint_is_refused_and_a_later_one_is_not(place):
     place()
     with pytest.raises(utils_config.ConfigError, match=r"MAX_STEPS \(200\) is behind this run, whose .* step 300"):
