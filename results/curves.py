@@ -1,0 +1,33 @@
+"""Draw curves.png, the picture at the head of the README: the evaluations of the longest runs of each recipe."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+HERE = Path(__file__).parent
+RUNS = {
+    "the defaults": ["breakout-averaged-2M/seed-2.txt"],
+    "the defaults, LEARNING_RATE=5e-4": ["breakout-rate/seed-2.txt"],
+    "the defaults, no averages": ["breakout-average/seed-1.txt", "breakout-2M/shipped.txt"],
+    "C51 upon layer norms, no averages": ["breakout-c51/seed-0.txt", "breakout-c51/seed-1.txt"],
+    "an update every 4 steps, no averages": ["breakout-2M/update-4.txt", "breakout-recipes/update-4.txt"],
+    "classic, prioritized": ["breakout-recipes/classic-prioritized.txt"],
+    "classic, uniform": ["breakout-recipes/classic-uniform.txt"],
+}
+EVERY = 100_000  # steps; some runs have more evaluations
+
+figure = Figure(figsize=(6, 4.6), layout="constrained")
+axes = figure.add_subplot(title="Breakout, a line per run", xlabel="steps", ylabel="mean score of ten games")
+for number, (recipe, names) in enumerate(RUNS.items()):
+    for name in names:
+        steps, scores = np.array([line.split()[1:] for line in (HERE / name).read_text().splitlines()], float).T
+        kept = steps % EVERY < 1_000  # whole iterations, so not always round
+        first = name == names[0]
+        style = {"label": recipe, "alpha": 1.0} if first else {"alpha": 0.5}
+        axes.plot(steps[kept], scores[kept], color=f"C{number}", linewidth=2.5 if number == 0 else 1.3, **style)
+axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+axes.grid(alpha=0.3)
+axes.legend(fontsize="small")
+figure.savefig(HERE / "curves.png", dpi=100)
