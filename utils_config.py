@@ -336,10 +336,11 @@ def make_fit(mem_size: float) -> str:
 def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> str:
     """A sentence on the disk space that checkpoints take. Raises ConfigError if it is not there.
 
-    A checkpoint holds the steps that are stored by then, which in a short run are fewer than MEM_SIZE.
+    A checkpoint holds the steps that are stored by then, which in a short run are fewer than MEM_SIZE, and priorities
+    for all of MEM_SIZE.
     """
     stored = min(constants["MEM_SIZE"], constants["MAX_STEPS"] + constants["NUM_ENVS"])
-    memory_bytes = memory.needed_bytes(stored, constants["NUM_ENVS"])
+    memory_bytes = memory.needed_bytes(stored, constants["NUM_ENVS"]) + 8 * (constants["MEM_SIZE"] - stored)
     outputs = max(constants["QUANTILES"], constants["ATOMS"])
     networks = 20 * ((4 << 20) + 19 * 513 * outputs)  # three and Adam's moments, in float32, of 18 actions, dueling
     size = memory_bytes + networks

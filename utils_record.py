@@ -41,7 +41,7 @@ class Record:
     @property
     def models(self) -> Path:
         """The directory of the models and checkpoints."""
-        return expand(self.constants["SAVE_PREFIX"])
+        return _expand(self.constants["SAVE_PREFIX"])
 
     @property
     def owns_models(self) -> bool:
@@ -106,14 +106,18 @@ def changed(before: dict, now: dict) -> str:
 
 def _same(name: str, before: dict, now: dict) -> bool:
     """Whether the constant `name` means what it did: a game has several spellings, and so has a directory."""
-    if name not in before or name not in now or before[name] == now[name]:
-        return name in before and name in now
-    if name == "GAME":
-        return normalize_game(before[name]) == normalize_game(now[name])
-    return name == "SAVE_PREFIX" and expand(before[name]).resolve() == expand(now[name]).resolve()
+    if name not in before or name not in now:
+        return False
+    if before[name] == now[name]:
+        return True
+    if name == "SAVE_PREFIX":
+        return os.path.realpath(_expand(before[name])) == os.path.realpath(_expand(now[name]))
+    with contextlib.suppress(ValueError):  # a game that is not shipped any more is another one
+        return name == "GAME" and normalize_game(before[name]) == normalize_game(now[name])
+    return False
 
 
-def expand(place: str) -> Path:
+def _expand(place: str) -> Path:
     """The directory `place`; ~ is the home directory."""
     return Path(os.path.expanduser(place))
 

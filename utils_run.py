@@ -173,10 +173,10 @@ class Run:
         if self._record.checkpoint != self._step:
             print("writing the last checkpoint", file=sys.stderr)
             self._save()
+        self._prune(1)
         best = best_of(self.evaluations)
         self._record.finished, self._record.best, self._record.score = self._step, best.model, best.mean
         self._record.write()
-        self._prune(1)
 
     def stopped(self, cause: str, remedy: str) -> Stopped:
         """The exception that ends the run at this step."""
@@ -230,7 +230,7 @@ class Run:
         self._prune()
 
     def _prune(self, kept: int = 2) -> None:
-        """Keep the last checkpoints: the newest, and one for when it turns out damaged."""
+        """Keep the last `kept` checkpoints: the newest, and one for when it turns out damaged."""
         for old in self._checkpoints()[:-kept]:
             old.unlink()
 
@@ -245,7 +245,11 @@ class Run:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if state["run"] != self._record.run:
             raise ConfigError("it is of another run")
-        if change := changed(state["constants"], self._constants):
+        constants = {
+            **state["constants"],
+            "SAVE_PREFIX": self._constants["SAVE_PREFIX"],
+        }  # that tells where it was then
+        if change := changed(constants, self._constants):
             raise ConfigError(f"it is of a run with {change}")
         if path != self._path(state["step"]):
             raise ConfigError(f"it was written as {self._path(state['step']).name}")

@@ -29,6 +29,7 @@ from test_main import TINY
 
 import main
 import utils_config
+import utils_record
 import utils_run
 from utils_env import AtariEnv
 from utils_memory import ReplayMemory
@@ -400,6 +401,28 @@ def test_at_most_two_checkpoints_are_kept_and_one_when_the_run_is_finished(run_m
     assert [path.name for path in (tmp_path / "run" / "models").glob("checkpoint*")] == ["checkpoint_0000000400"]
 
 
+def test_a_run_that_is_killed_at_its_very_end_is_finished_by_the_next_start(monkeypatch, run_main, tmp_path):
+    checkpoints, unlink = tmp_path / "run" / "models", Path.unlink
+
+    def remove(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "checkpoint_0000000300":
+            raise Killed
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", remove)
+        with pytest.raises(Killed):
+            run_main(tmp_path / "run")
+    assert (checkpoints / "checkpoint_0000000300").exists()
+    status, told = run_main(tmp_path / "run")
+    assert (status, "finished after" in told) == (0, True)
+    (last,) = checkpoints.glob("checkpoint*")
+    assert last.name == "checkpoint_0000000400"
+    last.write_bytes(b"")
+    status, told = run_main(tmp_path / "run", MAX_STEPS=600)
+    assert (status, "checkpoint_0000000400 is refused: it is damaged; rewards.txt and the models" in told) == (2, True)
+
+
 def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeypatch, run_main, tmp_path):
     learn, calls = main.Agent.learn, iter(range(1000))
     monkeypatch.setattr(main.Agent, "learn", lambda *a: learn(*a) * (math.nan if next(calls) > 30 else 1))
@@ -641,9 +664,23 @@ def test_other_constants_are_refused(place, name, value):
 def test_other_spellings_of_the_same_constants_go_on(place):
     place()
     assert resume(GAME="ALE/Breakout-v5") == 300
-    assert resume(SAVE_PREFIX="models/") == resume(SAVE_PREFIX=os.path.abspath("models")) == resume() == 300
+    os.symlink("models", "link")
+    for name in ("models/", os.path.abspath("models"), "link", "./models"):
+        assert resume(SAVE_PREFIX=name) == 300
     with pytest.raises(utils_config.ConfigError, match=r"has SAVE_PREFIX=\./models, not others"):
         resume(SAVE_PREFIX="others")
+    with pytest.raises(utils_config.ConfigError, match="has GAME=breakout, not pong"):
+        resume(GAME="pong")
+
+
+def test_a_game_that_is_no_longer_shipped_is_another_one(place, monkeypatch):
+    def unknown(name: str) -> str:
+        raise ValueError
+
+    place()
+    monkeypatch.setattr(utils_record, "normalize_game", unknown)
+    with pytest.raises(utils_config.ConfigError, match="has GAME=breakout, not pong"):
+        resume(GAME="pong")
 
 
 def test_an_end_behind_the_checkpoint_is_refused_and_a_later_one_is_not(place):
