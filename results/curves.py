@@ -9,7 +9,7 @@ from matplotlib.ticker import EngFormatter
 HERE = Path(__file__).parent
 RUNS = {
     "the defaults": ["breakout-averaged-2M/seed-2.txt"],
-    "the defaults, LEARNING_RATE=5e-4": ["breakout-rate/seed-2.txt"],
+    "the defaults, LEARNING_RATE=5e-4": ["breakout-rate-5e-4/seed-2.txt"],
     "the defaults, no averages": ["breakout-average/seed-1.txt", "breakout-2M/shipped.txt"],
     "C51 upon layer norms, no averages": ["breakout-c51/seed-0.txt", "breakout-c51/seed-1.txt"],
     "an update every 4 steps, no averages": ["breakout-2M/update-4.txt", "breakout-recipes/update-4.txt"],
