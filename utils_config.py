@@ -334,13 +334,9 @@ def make_fit(mem_size: float) -> str:
 
 
 def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> str:
-    """A sentence on the disk space that checkpoints take. Raises ConfigError if it is not there.
-
-    A checkpoint holds the steps that are stored by then, which in a short run are fewer than MEM_SIZE, and priorities
-    for all of MEM_SIZE.
-    """
-    stored = min(constants["MEM_SIZE"], constants["MAX_STEPS"] + constants["NUM_ENVS"])
-    memory_bytes = memory.needed_bytes(stored, constants["NUM_ENVS"]) + 8 * (constants["MEM_SIZE"] - stored)
+    """A sentence on the disk space that checkpoints take. Raises ConfigError if it is not there."""
+    sizes = {"capacity": constants["MEM_SIZE"], "num_envs": constants["NUM_ENVS"]}
+    memory_bytes = memory.saved_bytes(**sizes, steps=constants["MAX_STEPS"])
     outputs = max(constants["QUANTILES"], constants["ATOMS"])
     networks = 20 * ((4 << 20) + 19 * 513 * outputs)  # three and Adam's moments, in float32, of 18 actions, dueling
     size = memory_bytes + networks
@@ -350,7 +346,8 @@ def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> 
     needed = f"up to {size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
     sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
-        remedy = make_fit((free / most - networks) / memory_bytes * stored)
+        full = memory.saved_bytes(**sizes, steps=constants["MEM_SIZE"])
+        remedy = make_fit((free / most - networks) / full * constants["MEM_SIZE"])
         raise ConfigError(f"{sentence}; {remedy}")
     return sentence
 

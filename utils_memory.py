@@ -100,6 +100,12 @@ class ReplayMemory:
         slots = -(-capacity // num_envs) * num_envs
         return (slots + 1) * frame_shape[0] * frame_shape[1] + slots * 7  # age 1, action 1, reward 4, terminal 1
 
+    @staticmethod
+    def saved_bytes(capacity: int, num_envs: int, steps: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
+        """Bytes of a uniform memory's state_dict after `steps` steps: only rows that are stored are written."""
+        rows = min(-(-capacity // num_envs), -(-steps // num_envs) + 1)
+        return rows * num_envs * (frame_shape[0] * frame_shape[1] + 7)
+
     def __len__(self) -> int:
         """Steps stored."""
         return max(min(self._pushed - 1, self.rows), 0) * self.num_envs
@@ -271,6 +277,12 @@ class PrioritizedReplayMemory(ReplayMemory):
         slots = -(-capacity // num_envs) * num_envs
         tree = 8 * (slots + (1 << (slots - 1).bit_length()) + 1)
         return ReplayMemory.needed_bytes(capacity, num_envs, frame_shape) + tree
+
+    @staticmethod
+    def saved_bytes(capacity: int, num_envs: int, steps: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
+        """Bytes of a prioritized memory's state_dict after `steps` steps, with priorities of all slots."""
+        leaves = 8 * -(-capacity // num_envs) * num_envs
+        return ReplayMemory.saved_bytes(capacity, num_envs, steps, frame_shape) + leaves
 
     def push(self, row: Transition) -> None:
         """Append one row: another one's n-step window becomes whole and it gets priorities, a third loses its stack."""

@@ -356,7 +356,7 @@ def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_
     monkeypatch.setattr(fit, "AFTER", (1,))
     monkeypatch.setattr(fit, "TEST", 200)
     models = tmp_path / "models"
-    files = [str(models / "checkpoint_0000000200"), str(models / "model_001")]
+    files = [str(models / "checkpoint_0000000400"), str(models / "model_001")]
     command = ["fit.py", *files, "--recipes", "layer-norm", "layer-norm-c51", "--updates=60", "--BATCH_SIZE=16"]
     monkeypatch.setattr(sys, "argv", command)
     fit.bench()
@@ -369,7 +369,7 @@ def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_
     for wrong, reason in [
         ([model, model], "model_001 is not a checkpoint"),
         (["none", model], "none is not a checkpoint"),
-        ([checkpoint, checkpoint], "checkpoint_0000000200 is not a model"),
+        ([checkpoint, checkpoint], "checkpoint_0000000400 is not a model"),
         ([checkpoint, "none"], "No such file or directory: 'none'"),
     ]:
         monkeypatch.setattr(sys, "argv", ["fit.py", *wrong])

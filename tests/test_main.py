@@ -419,7 +419,9 @@ BAD = [
     (["--FRAME_SKIP=100_000"], "FRAME_SKIP must be at most 60"),
     (["--TARGET_UPDATE=31"], "TARGET_UPDATE (31) must be at least NUM_ENVS (32)"),
     (["--SAVE_PREFIX=" + 300 * "x"], "cannot write to xxx"),
-    (["--MEM_SIZE=1e12", "--PRIORITIZED=False"], "7063000."),
+    (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e12"], "up to 7063000."),
+    (["--MEM_SIZE=1e12", "--PRIORITIZED=True"], "up to 8070."),  # the frames of 10M steps, and all priorities
+    (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e6"], "the replay memory for 1,000,000,000,000 steps:"),
     (["--PLAY=nowhere"], "cannot read nowhere: No such file or directory"),
     (["--PLAY="], "PLAY needs a value: --PLAY=..."),
     (["--lr=1e-4"], "there is no constant LR; --help lists them all"),

@@ -512,11 +512,14 @@ def test_a_saved_memory_comes_back_and_goes_on_alike(kind, pushes):
                 assert torch.equal(mine, its)
 
 
-def test_a_saved_memory_takes_no_more_room_than_the_rows_it_has():
-    memory, *_ = filled(ReplayMemory, 100_000, 3, 10)
+@pytest.mark.parametrize("kind", MEMORIES)
+@pytest.mark.parametrize(("rows", "pushes"), [(30_000, 10), (1_000, 500), (1_000, 1_500)])
+def test_a_saved_memory_takes_the_room_it_says_and_none_for_rows_it_does_not_have(kind, rows, pushes):
+    memory, *_ = filled(kind, rows, 3, pushes)
     file = io.BytesIO()
     torch.save(memory.state_dict(), file)
-    assert file.tell() < 10_000
+    says = kind.saved_bytes(3 * rows, 3, 3 * (pushes - 1), frame_shape=TINY)
+    assert says <= file.tell() <= 1.02 * says + 10_000  # names, and what aligns them
 
 
 def test_a_saved_memory_of_another_size_is_refused():
