@@ -201,6 +201,8 @@ def check(module: dict) -> None:
         value = module[name]
         if kind is float and type(value) is int:
             module[name] = float(value)
+        elif kind is int and type(value) is float and value.is_integer():  # 1e6, as on the command line
+            module[name] = int(value)
         elif type(value) is not kind:
             raise ConfigError(f"{name} must be {_article(kind)}, not {value!r}")
     c = argparse.Namespace(**{name: module[name] for name in constants(module)})

@@ -454,7 +454,8 @@ def forbidden(*args, **kwargs):
 @pytest.mark.parametrize(
     ("name", "value", "sentence"),
     [
-        ("MAX_STEPS", 1e6, "MAX_STEPS must be a whole number, not 1000000.0"),
+        ("MAX_STEPS", 1.5e6 + 0.5, "MAX_STEPS must be a whole number, not 1500000.5"),
+        ("MAX_STEPS", float("inf"), "MAX_STEPS must be a whole number, not inf"),
         ("GAME", 5, "GAME must be a text, not 5"),
         ("GAME", "", "GAME: the name of the game is empty"),
         ("PRIORITIZED", 1, "PRIORITIZED must be True or False, not 1"),
@@ -466,6 +467,14 @@ def test_a_constant_edited_to_what_cannot_be_is_refused(monkeypatch, name, value
     monkeypatch.setattr(main, name, value)
     with pytest.raises(utils_config.ConfigError, match=re.escape(sentence)):
         utils_config.check(vars(main))
+
+
+def test_a_whole_number_may_be_edited_to_stand_as_1e6(monkeypatch):
+    monkeypatch.setattr(main, "MAX_STEPS", 1e6)
+    monkeypatch.setattr(main, "GAMMA", 1)
+    utils_config.check(vars(main))
+    assert (main.MAX_STEPS, main.GAMMA) == (1_000_000, 1.0)
+    assert (type(main.MAX_STEPS), type(main.GAMMA)) == (int, float)
 
 
 def test_a_constant_that_was_renamed_is_missed(monkeypatch):
