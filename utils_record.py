@@ -172,6 +172,16 @@ def _models(directory: Path) -> list[Path]:
     return [*directory.glob("model_*"), *directory.glob("checkpoint_*")]
 
 
+def remove(path: Path) -> None:
+    """Remove a file, or a directory of curves or pictures. Raises OSError, and keeps it, if there is more in it."""
+    if path.is_dir():
+        for file in (*path.glob("events.*"), *path.glob(6 * "[0-9]" + ".png")):
+            file.unlink()
+        path.rmdir()
+    else:
+        path.unlink()
+
+
 def _discard(record: Record) -> bool:
     """Remove a run without a checkpoint of what it learned or an evaluation of it. False, and all stays, otherwise.
 
@@ -188,12 +198,7 @@ def _discard(record: Record) -> bool:
         if record.models.is_dir() and not record.models.samefile("."):
             _lock(record.models, stack)
         for path in results:
-            if path.is_dir():
-                for file in (*path.glob("events.*"), *path.glob("*.png")):
-                    file.unlink()
-                path.rmdir()
-            else:
-                path.unlink()
+            remove(path)
         if record.owns_models:
             (record.models / OWNER).unlink()
         RECORD.unlink()

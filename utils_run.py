@@ -8,7 +8,7 @@ is killed and started again with the same command does, on a CPU, bit for bit wh
 import contextlib
 import math
 import os
-import shutil
+import re
 import signal
 import sys
 import threading
@@ -24,7 +24,7 @@ from torch import Tensor
 from utils_config import ConfigError, Stopped, check_disk, command_line, constants, describe_start, out_of_memory
 from utils_drl import write_whole
 from utils_memory import ReplayMemory
-from utils_record import ELSEWHERE, REWARDS, Record, changed, claim
+from utils_record import ELSEWHERE, REWARDS, Record, changed, claim, remove
 from utils_types import Evaluation, best_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the terminal goes, unless under nohup
@@ -287,6 +287,7 @@ class Run:
             half.unlink()
         self._prune()
         for pictures in Path(".").glob("eval_*"):
-            number = pictures.stem.removeprefix("eval_")
-            if number.isdigit() and int(number) >= len(self.evaluations):
-                shutil.rmtree(pictures) if pictures.is_dir() else pictures.unlink()
+            written = re.fullmatch(r"eval_(\d{3,})(\.gif)?", pictures.name)
+            if written and int(written[1]) >= len(self.evaluations):
+                with contextlib.suppress(OSError):  # there is something of the user's in it, which stays
+                    remove(pictures)

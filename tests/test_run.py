@@ -564,6 +564,18 @@ def place(monkeypatch, tmp_path):
     return fresh
 
 
+def test_going_on_takes_back_the_runs_own_pictures_and_nothing_else(place):
+    place()
+    mine = ["eval_003/000000.png", "eval_003.gif", "eval_1000/000000.png", "eval_1000.gif"]
+    others = ["eval_2024/notes.txt", "eval_7.csv", "eval_007.txt", "eval_7/000000.png", "eval_001/000000.png", "eval_x"]
+    for name in (*mine, *others):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert resume() == 300
+    assert not any(Path(name).exists() for name in (*mine, "eval_003", "eval_1000"))
+    assert [name for name in others if Path(name).exists()] == others
+
+
 def test_a_run_goes_on_from_its_newest_checkpoint(place):
     place()
     assert resume() == 300
