@@ -14,6 +14,7 @@ import torch
 
 import utils_config
 import utils_log
+import utils_machine
 import utils_play
 import utils_run
 from utils_drl import Agent
@@ -26,7 +27,7 @@ from utils_types import Transition
 GAME: str = "breakout"  # any game of ale-py; ALE/Breakout-v5 and BreakoutNoFrameskip-v4 mean the same one
 SEED: int = 0  # same seed, same run (on a CPU bit for bit)
 MAX_STEPS: int = 10_000_000  # steps; a finished run goes on with more; 50_000_000 are the 200M frames of Mnih et al.
-NUM_ENVS: int = 32  # games in step; more of them feed the emulators' threads better, and learn in coarser turns
+NUM_ENVS: int = 32  # games in step; more of them feed more cores, and have more updates between two actions
 STACK_SIZE: int = 4  # frames the agent sees, so that it sees motion
 FRAME_SKIP: int = 4  # emulator frames per step
 
@@ -50,7 +51,7 @@ DOUBLE_DQN: bool = True  # the policy network chooses the action that the target
 DUELING: bool = False  # separate streams for the state's value and the actions' advantages
 N_STEP: int = 3  # rewards summed before bootstrapping
 AVERAGE_STEPS: int = 160_000  # steps over which models average the weights, a tenth of the training at most; 1: none
-LAYER_NORM: bool = False  # normalise what enters the hidden layer and its units; with ADAM_EPS 1e-8 ahead at first
+LAYER_NORM: bool = False  # normalise what enters the hidden layer, and its units; wants ADAM_EPS 1e-8
 QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's (Dabney et al. 2018), 1 is the classic loss
 ATOMS: int = 1  # above 1, best odd, so many possible returns per action and the loss of C51 (Bellemare et al. 2017)
 V_MAX: float = 10.0  # with ATOMS: the largest of those returns, and minus that the least; rewards are clipped to 1
@@ -58,7 +59,7 @@ V_MAX: float = 10.0  # with ATOMS: the largest of those returns, and minus that 
 # Measuring
 EVALUATE_FREQ: int = 100_000  # steps between evaluations
 EVAL_EPISODES: int = 10  # games per evaluation
-EVAL_EPS: float = 0.05  # probability of a random action in them; never 0, or a greedy Breakout agent may wait for ever
+EVAL_EPS: float = 0.05  # probability of a random action in them; at 0 a greedy Breakout agent may wait for ever
 RENDER: bool = False  # write one evaluation game as pictures and an animation, eval_000/ and eval_000.gif
 PLAY: str = ""  # a model such as models/model_008: play a game with it, write that as play.gif, and train nothing
 SAVE_PREFIX: str = "./models"  # directory of the models and checkpoints
@@ -73,14 +74,14 @@ CUDA_GRAPHS: bool = True  # on a GPU: record acting and learning once and replay
 
 def main() -> None:
     utils_config.check(globals())
-    device = utils_config.choose_device(DEVICE)
-    dtype = utils_config.prepare(device, PRECISION, THREADS)
+    device = utils_machine.choose_device(DEVICE)
+    dtype = utils_machine.prepare(device, PRECISION, THREADS)
     if PLAY:
         utils_play.play(PLAY, device, dtype, EVAL_EPS, SEED)
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     with utils_run.open_run(globals(), device, Memory) as run:
-        storage, sentence = utils_config.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
+        storage, sentence = utils_machine.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
         print(utils_log.introduction(globals(), device, sentence, run.space), file=sys.stderr)
         train(run, device, dtype, Memory, storage)
     print(utils_log.conclusion(run), file=sys.stderr)
@@ -131,7 +132,7 @@ def train(
             actions = agent.run(states, training)  # the only wait for the device: it hands over the actions ...
             env.send(actions)  # ... the emulators start on their own threads ...
             memory.push(row)  # ... and meanwhile what led here is remembered ...
-            if due(step, SHOW_FREQ):
+            if due(step, utils_log.SHOW_FREQ):
                 run.check(step, loss)
                 log.show(step, loss)
             if training and (updates := due(step, POLICY_UPDATE)):
@@ -185,9 +186,6 @@ def make_memory(Memory: type[ReplayMemory], capacity: int, storage: torch.device
         seed=SEED,
         **(priorities if issubclass(Memory, PrioritizedReplayMemory) else {}),
     )
-
-
-SHOW_FREQ = 1_000  # steps between looks at how things stand; the device is idle then, so they cost next to nothing
 
 
 def due(step: int, every: int) -> int:

@@ -2,19 +2,13 @@
 
 import argparse
 import contextlib
-import ctypes
 import difflib
 import errno
-import importlib.metadata
 import os
-import platform
 import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
@@ -22,10 +16,6 @@ from typing import TextIO
 import torch
 
 from utils_env import normalize_game
-from utils_memory import ReplayMemory, free_bytes
-
-HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
-PACKAGES = ("torch", "numpy", "gymnasium", "ale-py")  # that decide what a run does
 
 MOST = {  # far beyond what is useful, and short of what the machine or the emulators would choke on
     "NUM_ENVS": 4096,
@@ -37,6 +27,7 @@ MOST = {  # far beyond what is useful, and short of what the machine or the emul
     "QUANTILES": 1000,
     "ATOMS": 1000,
 }
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}  # of constants
 
 
 class Stopped(Exception):
@@ -101,7 +92,7 @@ def run(main: Callable[[], None], module: dict) -> int:
     except (MemoryError, RuntimeError) as error:
         if not (refused := out_of_memory(error)):
             raise
-        told, status = f"error: out of memory: {refused}; free some, or lower MEM_SIZE", 1
+        told, status = f"error: out of memory: {refused}; free some and try again", 1
     try:
         print(told, file=sys.stderr)
     except OSError:
@@ -114,6 +105,7 @@ def override(module: dict, arguments: list[str]) -> None:
 
     A constant is an annotated upper-case name. Spelling is free in case and in - or _. Raises ConfigError.
     """
+    _check_types(module)
     description = module["__doc__"].partition(":")[0] + ". In brackets: the default."
     parser = _Parser(usage="python main.py [--CONSTANT=value ...]", description=description, allow_abbrev=False)
     comments = _comments(module["__file__"])
@@ -186,25 +178,14 @@ def _reader(name: str, kind: type) -> Callable[[str], object]:
                 return int(number)
             return kind(text)
         except (ValueError, KeyError, OverflowError):
-            raise ConfigError(f"{name} must be {_article(kind)}, not {text!r}") from None
+            raise ConfigError(f"{name} must be {KINDS[kind]}, not {text!r}") from None
 
     return read
 
 
-def _article(kind: type) -> str:
-    return {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}[kind]
-
-
 def check(module: dict) -> None:
     """Raise ConfigError, with one sentence, if the constants in `module` are ill-typed, out of range or at odds."""
-    for name, kind in constants(module).items():
-        value = module[name]
-        if kind is float and type(value) is int:
-            module[name] = float(value)
-        elif kind is int and type(value) is float and value.is_integer():  # 1e6, as on the command line
-            module[name] = int(value)
-        elif type(value) is not kind:
-            raise ConfigError(f"{name} must be {_article(kind)}, not {value!r}")
+    _check_types(module)
     c = argparse.Namespace(**{name: module[name] for name in constants(module)})
     try:
         _check(c)
@@ -212,6 +193,24 @@ def check(module: dict) -> None:
         if error.obj is not c:
             raise
         raise ConfigError(f"main.py has no constant {error.name} any more") from None
+
+
+def _check_types(module: dict) -> None:
+    """Make each constant in `module` what its annotation says, where that means the same. Raises ConfigError."""
+    kinds = constants(module)
+    for name, value in module.items():
+        if name.isupper() and name not in kinds and type(value) in KINDS:  # run.json would not tell of it
+            raise ConfigError(f"{name} has no type in main.py: write {name}: {type(value).__name__} = {value!r}")
+    for name, kind in kinds.items():
+        value = module.get(name)
+        if kind not in KINDS:
+            raise ConfigError(f"{name} must be annotated with one of bool, int, float and str, not with {kind}")
+        if kind is float and type(value) is int:
+            module[name] = float(value)
+        elif kind is int and type(value) is float and value.is_integer():  # 1e6, as on the command line
+            module[name] = int(value)
+        elif type(value) is not kind:
+            raise ConfigError(f"{name} must be {KINDS[kind]}, not {value!r}")
 
 
 def _check(c: argparse.Namespace) -> None:
@@ -229,6 +228,7 @@ def _check(c: argparse.Namespace) -> None:
     )
     for name in positive.split():
         need(getattr(c, name) >= 1, f"{name} must be at least 1, not {getattr(c, name)}")
+        need(getattr(c, name) <= 10**12, f"{name} must be at most 10**12, not {getattr(c, name):g}")
     for name, most in MOST.items():
         need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
     for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
@@ -260,111 +260,6 @@ def _check(c: argparse.Namespace) -> None:
         need(
             every >= c.NUM_ENVS, f"{name} ({every}) must be at least NUM_ENVS ({c.NUM_ENVS}), the steps of an iteration"
         )
-    need(c.PRECISION in DTYPES, f"PRECISION must be one of {', '.join(DTYPES)}, not {c.PRECISION!r}")
-    choose_device(c.DEVICE)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device `name`, or for "auto" CUDA when there is one, else MPS, else the CPU. Raises ConfigError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cuda", "mps", "cpu"):
-            raise RuntimeError
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(f"DEVICE {name!r} is not there; try auto or cpu") from None
-    return device
-
-
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic `name`, or for "auto" bfloat16 where the device computes in it, else float32."""
-    if name != "auto":
-        return DTYPES[name]
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = (
-            device.type == "cpu"
-            and torch.cpu._is_avx512_bf16_supported()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-    return torch.bfloat16 if fast else torch.float32
-
-
-def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
-    """Set up the process for training on `device` with `threads` threads, and return the arithmetic `precision`."""
-    keep_freed_memory()
-    if threads:
-        torch.set_num_threads(threads)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one, and it is asked for bfloat16
-    dtype = choose_dtype(precision, device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # the shapes never change, so the fastest algorithms are worth a search
-        if precision == "float32":  # the reference: by default convolutions round their factors to TF32's 10 bits
-            torch.backends.cudnn.conv.fp32_precision = "ieee"
-    return dtype
-
-
-def choose_storage(
-    device: torch.device, memory: type[ReplayMemory], mem_size: int, num_envs: int
-) -> tuple[torch.device, str]:
-    """Where the replay memory goes, and a sentence that says what it takes: on a GPU with room for it, else in RAM.
-
-    Raises ConfigError, with needed and free bytes and a `mem_size` that would fit, if it fits nowhere.
-    """
-    needed = memory.needed_bytes(mem_size, num_envs)
-    places = [device] if device.type == "cuda" else []  # MPS has no float64, and shares the RAM anyway
-    for place in (*places, torch.device("cpu")):
-        free = free_bytes(place)
-        sentence = f"replay memory for {mem_size:,} steps: {needed / 1e9:.2f} GB on {place}, {free / 1e9:.2f} GB free"
-        if needed + HEADROOM <= free:
-            return place, sentence
-    remedy = make_fit((free - HEADROOM) / needed * mem_size)
-    raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; {remedy}")
-
-
-def make_fit(mem_size: float) -> str:
-    """What to do where there is room for a replay memory of `mem_size` steps only."""
-    fits = int(mem_size) // 10_000 * 10_000
-    return f"free some, or begin a run with --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
-
-
-def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> str:
-    """A sentence on the disk space that checkpoints take. Raises ConfigError if it is not there."""
-    sizes = {"capacity": constants["MEM_SIZE"], "num_envs": constants["NUM_ENVS"]}
-    memory_bytes = memory.saved_bytes(**sizes, steps=constants["MAX_STEPS"])
-    outputs = max(constants["QUANTILES"], constants["ATOMS"])
-    networks = 20 * ((4 << 20) + 19 * 513 * outputs)  # three and Adam's moments, in float32, of 18 actions, dueling
-    size = memory_bytes + networks
-    most = 3  # two, and one being written
-    there = (*directory.glob("checkpoint_" + 10 * "[0-9]"), *directory.glob("checkpoint_*.tmp"))  # they make way
-    free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in there)
-    needed = f"up to {size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
-    sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
-    if most * size > free:
-        full = memory.saved_bytes(**sizes, steps=constants["MEM_SIZE"])
-        remedy = make_fit((free / most - networks) / full * constants["MEM_SIZE"])
-        raise ConfigError(f"{sentence}; {remedy}")
-    return sentence
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that is freed. By default it hands blocks of megabytes back to the system, and every
-    update has to fault its own in anew: a tenth of the learner's time on a CPU. Elsewhere nothing is changed.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3  # the numbers of M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
-    mallopt(mmap_threshold, 32 << 20)  # the largest that is allowed
-    mallopt(trim_threshold, 1 << 30)
 
 
 def out_of_memory(error: Exception) -> str:
@@ -376,41 +271,6 @@ def out_of_memory(error: Exception) -> str:
     return (told or "an allocation was refused").splitlines()[0] if refused else ""
 
 
-def describe_start(device: torch.device, constants: dict) -> dict:
-    """What there is to know about a start of the program with `constants` on `device`."""
-    commit = _git("rev-parse", "HEAD")
-    return {
-        "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
-        "command": command_line(),
-        **describe_device(device, constants["PRECISION"]),
-        **describe_hardware(device),
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in PACKAGES},
-        "commit": commit,
-        "dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def describe_device(device: torch.device, precision: str) -> dict[str, str]:
-    """What computes, and how."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": f"{device} ({platform.machine()}, {name}), {count(torch.get_num_threads(), 'thread')}",
-        "precision": str(choose_dtype(precision, device)).removeprefix("torch."),
-    }
-
-
-def describe_hardware(device: torch.device) -> dict[str, str | int]:
-    """The processor and how many cores of it there are to use, and the GPU and its CUDA where `device` is one."""
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
-    return {"cpu": cpu, "cores": cores, **gpu}
-
-
 def count(number: int, noun: str) -> str:
     """So many of them in words: 1 game, 10 games."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
@@ -419,12 +279,3 @@ def count(number: int, noun: str) -> str:
 def command_line() -> str:
     """The command that started the program, as a shell reads it."""
     return shlex.join(["python", *sys.argv])
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says about this program, or None where it says nothing."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -28,9 +28,10 @@ def chosen(actions: Tensor, outputs: Tensor) -> Tensor:
 class CudaGraph:
     """A function without arguments, recorded as a CUDA graph: one launch instead of hundreds.
 
-    The first calls run it as it is, and so settle whatever libraries choose or allocate at first. The next one records
-    it, and from then on calls replay the record. It must not wait for the device, and every tensor that it reads or
+    The first calls run it as it is, and so settle whatever libraries choose or allocate at first. After them recording
+    is due, and from then on calls replay the record. It must not wait for the device, and every tensor that it reads or
     writes must stay where it is; what it returns is overwritten by the next call. `generators` are those it draws from.
+    All this happens on the current device.
     """
 
     WARM_UP = 3
@@ -41,8 +42,6 @@ class CudaGraph:
         self._calls, self._graph = 0, None
 
     def __call__(self) -> Tensor:
-        if self.is_due:
-            self.record()
         if self._graph is not None:
             self._graph.replay()
             return self._result
@@ -57,7 +56,7 @@ class CudaGraph:
 
     @property
     def is_due(self) -> bool:
-        """Whether the next call records."""
+        """Whether it has run often enough to be recorded."""
         return self._graph is None and self._calls >= self.WARM_UP
 
     def record(self) -> None:
@@ -257,19 +256,20 @@ class Agent:
 
     def _graphed(self, key: Hashable, function: Callable[[], Tensor], generators=()) -> Tensor:
         """Call `function` by its graph; where recording fails, say so once and go on without graphs."""
-        if key not in self._graphs:
-            self._graphs[key] = CudaGraph(function, generators)
-        graph = self._graphs[key]
-        if graph.is_due:
-            try:
-                graph.record()
-            except RuntimeError as error:
-                error = error.__context__ or error  # to end a broken recording fails too
-                reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                print(f"CUDA graphs do not work here, going on without them, slower: {reason}", file=sys.stderr)
-                self._use_graphs = False
-                return function()
-        return graph()
+        with torch.cuda.device(self.device):
+            if key not in self._graphs:
+                self._graphs[key] = CudaGraph(function, generators)
+            graph = self._graphs[key]
+            if graph.is_due:
+                try:
+                    graph.record()
+                except RuntimeError as error:
+                    error = error.__context__ or error  # to end a broken recording fails too
+                    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                    print(f"CUDA graphs do not work here, going on without them, slower: {reason}", file=sys.stderr)
+                    self._use_graphs = False
+                    return function()
+            return graph()
 
     def _learn(self, memory, batch_size: int, updates: int) -> Tensor:
         batch = memory.sample(batch_size, updates)
@@ -329,7 +329,7 @@ class Agent:
             copy_all(self.target.parameters(), self.policy.parameters())
 
     def read_statistics(self) -> dict[str, float]:
-        """STATISTICS since they were last read: means over the last update of each turn. Waits for the device.
+        """STATISTICS since they were last read: means over the last of the updates of each `learn`. Waits.
 
         Empty if there was no update.
         """

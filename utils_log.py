@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import utils_config
+import utils_machine
 from utils_config import count
 from utils_drl import Agent, write_whole
 from utils_env import EVAL_FRAMES, AtariEnv, normalize_game
@@ -24,6 +25,7 @@ from utils_record import CURVES, PICTURE, REWARDS, watch
 from utils_run import Run
 from utils_types import Episode, Evaluation, best_of
 
+SHOW_FREQ = 1_000  # steps between looks at how things stand; the device is idle then, so they cost next to nothing
 POINT_FREQ = 10_000  # steps between points of the curves; an evaluation adds one, too
 LINE_SECONDS = 30  # between the lines that stand for the bar where there is no terminal
 RECENT = 100  # finished games of which the bar gives the mean score
@@ -39,7 +41,7 @@ SHORT = {  # words where a bar is narrow, so that 80 columns hold all of it
 
 def introduction(constants: dict, device: torch.device, storage: str, space: str) -> str:
     """What is about to be done with `constants`, where, and how to stop it and go on."""
-    machine = utils_config.describe_device(device, constants["PRECISION"])
+    machine = utils_machine.describe_device(device, constants["PRECISION"])
     steps, warm, games = constants["MAX_STEPS"], constants["WARM_STEPS"], count(constants["NUM_ENVS"], "game")
     lines = [
         f"{normalize_game(constants['GAME'])}: {steps:,} steps, {games} in step, learning after {warm:,}",
@@ -62,9 +64,9 @@ def introduction(constants: dict, device: torch.device, storage: str, space: str
 def conclusion(run: Run) -> str:
     """What came out of a finished `run`, and how to watch it."""
     last, best = run.evaluations[-1], best_of(run.evaluations)
-    model = run.models / best.model
-    told = f"finished after {span(60 * last.minutes)}; best mean score {best.mean:.1f}, of {model}; to watch it play:"
-    return f"{told}\n{watch(model)}"
+    model, means = run.models / best.model, count(len(run.evaluations), "mean score")
+    told = f"finished after {span(60 * last.minutes)}; the highest of {means} is {best.mean:.1f}, of {model}"
+    return f"{told}; to watch it play:\n{watch(model)}"
 
 
 def span(seconds: float) -> str:
@@ -188,7 +190,7 @@ class Log:
         self._collect()
         if step > self._point[1]:
             self._add_point(step)
-        self._agent.read_statistics()  # of the one turn after a point at this very step
+        self._agent.read_statistics()  # of the one iteration after a point at this very step
         self._games.clear()
         self._env.finished_lives.clear()
         self._curves.flush()

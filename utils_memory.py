@@ -15,9 +15,6 @@ sample, gather and update_priorities do not wait for it; a memory in RAM beside 
 and for the TD errors.
 """
 
-import os
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,11 +23,6 @@ from sumtree import SumTree
 from utils_types import FRAME_SHAPE, Batch, Transition
 
 ROW_DTYPES = {"actions": torch.int64, "rewards": torch.float32, "terminals": torch.bool, "ages": torch.int64}
-CONTROL_GROUPS = [  # version 2 and 1: limit, usage, statistics, and the part of the usage that is reclaimable cache
-    [f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat")] + ["inactive_file"],
-    [f"/sys/fs/cgroup/memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")]
-    + ["total_inactive_file"],
-]
 RING = ("frames", "ages", "actions", "rewards", "terminals")  # what is stored for every slot
 PART = 1 << 13  # slots that are saved at once, 58 MB of frames
 TRIES = 4  # candidates per uniform draw; all four miss less than once in 10^8 draws, unless games last a few steps
@@ -361,28 +353,3 @@ class PrioritizedReplayMemory(ReplayMemory):
     def _beta(self) -> Tensor:
         pushed = (self._count - 1).clamp_min(0) * self.num_envs
         return self.beta_start + (1.0 - self.beta_start) * (pushed.double() / self.beta_steps).clamp_max(1.0)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now; for the CPU, what the machine and its control group leave available.
-
-    On systems that do not say what is available, all the memory there is.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        free = 1024 * int(_fields("/proc/meminfo")["MemAvailable:"])
-    except (OSError, KeyError):  # not Linux
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, usage, statistics, cache in CONTROL_GROUPS:
-        try:
-            used = int(Path(usage).read_text()) - int(_fields(statistics)[cache])  # a cache makes way
-            free = min(free, int(Path(limit).read_text()) - used)
-        except (OSError, KeyError, ValueError):  # no such control group, or no limit ("max")
-            continue
-    return free
-
-
-def _fields(path: str) -> dict[str, str]:
-    """The first two words of every line of a file, name and value."""
-    return dict(line.split()[:2] for line in Path(path).read_text().splitlines())

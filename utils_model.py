@@ -82,7 +82,8 @@ class DQN(nn.Module):
     of so many returns from -`v_max` to `v_max`.
 
     `dtype` is the arithmetic of the convolutions and the hidden layer, and their parameters are stored in it; what
-    follows is float32, or float64 when `dtype` is. The weights of the convolutions lie channels last in memory.
+    follows is float32, or float64 when `dtype` is. The weights of the convolutions lie channels last in memory, and so
+    do the activations: the hidden layer's columns count rows, then columns, then channels, not channels first.
 
     With `layer_norm` what enters the hidden layer, and its units before the rectifier, are normalised state by state
     (Ba et al. 2016). The scale of the weights before a norm says nothing then but how fast they learn, so all weights
@@ -131,7 +132,7 @@ class DQN(nn.Module):
         x = pixels(states, self.conv1.weight.dtype)
         for convolution in (self.conv1, self.conv2, self.conv3):
             x = F.relu(convolution(x))
-        x = x.permute(0, 2, 3, 1).flatten(1)  # in the order it lies in memory, or backward would go astray
+        x = x.permute(0, 2, 3, 1).flatten(1)  # as it lies in memory, channels last: no copy
         # Without biases the scale of the pixels passes through to here, where there is the least to multiply. A norm
         # takes it away itself; x / 255 would be near its epsilon where a new network sees a nearly black screen.
         x = F.layer_norm(x, x.shape[1:]) if self.layer_norm else x / 255

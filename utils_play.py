@@ -1,5 +1,6 @@
 """One game of a trained model, to watch: its screen, and beside it what the network expects of every action."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ class Watched:
 
 def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, seed: int) -> None:
     """Play a game with the model at `path` and write it, beside its Q values, as MOVIE. Raises ConfigError."""
+    path = os.path.expanduser(path)
     if Path(path).name.startswith("checkpoint_"):
         raise ConfigError(f"{path} is a checkpoint, from which a run goes on; models are called model_000 and so on")
     try:

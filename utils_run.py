@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils_config import ConfigError, Stopped, check_disk, command_line, constants, describe_start, out_of_memory
+from utils_config import ConfigError, Stopped, command_line, constants, out_of_memory
 from utils_drl import write_whole
+from utils_machine import check_disk, describe_start
 from utils_memory import ReplayMemory
 from utils_record import ELSEWHERE, REWARDS, Record, changed, claim, remove
 from utils_types import Evaluation, best_of

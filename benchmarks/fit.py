@@ -24,6 +24,7 @@ from recipes import RECIPES
 
 import main
 import utils_config
+import utils_machine
 from utils_drl import Agent
 from utils_memory import ReplayMemory
 from utils_types import Batch
@@ -74,8 +75,8 @@ def bench() -> None:
         recipes = {recipe: resolve([*flags(RECIPES[recipe]), *overrides]) for recipe in asked.recipes}
     except utils_config.ConfigError as error:
         parser.error(str(error))
-    device = utils_config.choose_device(machine["DEVICE"])
-    dtype = utils_config.prepare(device, machine["PRECISION"], machine["THREADS"])
+    device = utils_machine.choose_device(machine["DEVICE"])
+    dtype = utils_machine.prepare(device, machine["PRECISION"], machine["THREADS"])
 
     try:
         saved = torch.load(asked.checkpoint, map_location="cpu", mmap=True, weights_only=True)
@@ -89,7 +90,7 @@ def bench() -> None:
     of_memory = {name: run[name] for name in ("NUM_ENVS", "STACK_SIZE", "N_STEP", "GAMMA")}
     vars(main).update(of_memory)
     try:
-        storage, _ = utils_config.choose_storage(device, ReplayMemory, run["MEM_SIZE"], run["NUM_ENVS"])
+        storage, _ = utils_machine.choose_storage(device, ReplayMemory, run["MEM_SIZE"], run["NUM_ENVS"])
     except utils_config.ConfigError as error:
         parser.error(str(error))
     memory = main.make_memory(ReplayMemory, run["MEM_SIZE"], storage, device)

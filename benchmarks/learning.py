@@ -31,6 +31,7 @@ from throughput import machine
 
 import main
 import utils_config
+import utils_machine
 from utils_drl import Agent
 from utils_env import AtariEnv, normalize_game
 
@@ -155,7 +156,7 @@ def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
         return Run(directory, record, arguments)
     if directory.exists():
         raise ValueError(f"{directory} is there already, without a learning.json; choose another --out")
-    about = machine(utils_config.choose_device(constants["DEVICE"]))
+    about = machine(utils_machine.choose_device(constants["DEVICE"]))
     record = {
         "recipe": recipe,
         "game": constants["GAME"],
@@ -243,8 +244,8 @@ def evaluate(run: Run, steps: int) -> None:
     result = run.directory / f"strict_{number:03d}.json"
     if result.exists():
         return
-    device = utils_config.choose_device(constants["DEVICE"])
-    dtype = utils_config.prepare(device, constants["PRECISION"], constants["THREADS"])
+    device = utils_machine.choose_device(constants["DEVICE"])
+    dtype = utils_machine.prepare(device, constants["PRECISION"], constants["THREADS"])
     model = run.directory / "models" / f"model_{number:03d}"
     agent, _ = Agent.from_model(model, device, dtype=dtype, graphs=constants["CUDA_GRAPHS"])
     frames = {"stack_size": constants["STACK_SIZE"], "frame_skip": constants["FRAME_SKIP"]}

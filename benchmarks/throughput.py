@@ -17,7 +17,6 @@ import json
 import platform
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from recipes import RECIPES
 
 import main
 import utils_config
+import utils_machine
 from utils_drl import Agent, write_whole
 from utils_env import AtariEnv
 from utils_log import Log
@@ -39,6 +39,7 @@ from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition
 
 WINDOW = 6.0  # seconds of each measurement
+LENGTH = 1_000_000  # steps of a run of which the loop is measured
 
 
 def bench() -> None:
@@ -51,10 +52,16 @@ def bench() -> None:
     arguments, overrides = parser.parse_known_args()
     constants = vars(main)
     constants.update(RECIPES[arguments.recipe])
-    utils_config.override(constants, overrides)
-    utils_config.check(constants)
-    device = utils_config.choose_device(main.DEVICE)
-    utils_config.prepare(device, main.PRECISION, main.THREADS)
+    try:
+        utils_config.override(constants, overrides)
+        utils_config.check(constants)
+        device = utils_machine.choose_device(main.DEVICE)
+        utils_machine.prepare(device, main.PRECISION, main.THREADS)
+        for kind in (ReplayMemory, PrioritizedReplayMemory):  # or it would end in the middle of its work
+            utils_machine.choose_storage(device, kind, main.MEM_SIZE, main.NUM_ENVS)
+            utils_machine.check_disk(constants | {"MAX_STEPS": LENGTH}, Path("."), kind)
+    except utils_config.ConfigError as error:
+        parser.error(str(error))
 
     parts = {
         "emulators": lambda: emulators(device),
@@ -104,12 +111,12 @@ def learner(device: torch.device, kind: type[ReplayMemory]) -> float:
 
 def loop(prioritized: bool, **others) -> float:
     """Steps per second of main.main() while it trains, between its evaluations, with `others` of its constants."""
-    warm, length = 4_000, 1_000_000
+    warm = 4_000
     constants = {
         "PRIORITIZED": prioritized,
         "WARM_STEPS": warm,
-        "MAX_STEPS": length,
-        "EVALUATE_FREQ": length,
+        "MAX_STEPS": LENGTH,
+        "EVALUATE_FREQ": LENGTH,
         "EVAL_EPISODES": 1,
         "EVAL_EPS": 1.0,
         "EPS_START": main.EPS_END,
@@ -119,7 +126,7 @@ def loop(prioritized: bool, **others) -> float:
     rounding = torch.backends.cudnn.conv.fp32_precision  # which float32 changes for the whole process
     before = {name: getattr(main, name) for name in constants}
     torch.cuda.empty_cache()  # as in `filled`
-    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
+    with tempfile.TemporaryDirectory(dir=".") as directory, contextlib.chdir(directory):
         vars(main).update(constants)
         try:
             main.main()
@@ -220,7 +227,7 @@ def wait(device: torch.device) -> None:
 
 def make_agent(device: torch.device) -> Agent:
     """An agent as main.main() makes it, for four actions."""
-    return main.make_agent(4, device, utils_config.choose_dtype(main.PRECISION, device))
+    return main.make_agent(4, device, utils_machine.choose_dtype(main.PRECISION, device))
 
 
 def random_frames(*shape: int) -> torch.Tensor:
@@ -232,7 +239,7 @@ def filled(kind: type[ReplayMemory], slots: int, device: torch.device) -> Replay
     """A full memory of noise."""
     games = main.NUM_ENVS
     torch.cuda.empty_cache()  # what earlier parts left does not count as free otherwise; nothing without a GPU
-    place, _ = utils_config.choose_storage(device, kind, slots, games)
+    place, _ = utils_machine.choose_storage(device, kind, slots, games)
     memory = main.make_memory(kind, slots, place, device)
     row = Transition(
         random_frames(games).to(device),
@@ -282,11 +289,10 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
 
 def machine(device: torch.device) -> dict[str, str | int | float]:
     """What the figures were taken on."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     about = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit.stdout.strip(),
-        **utils_config.describe_hardware(device),
+        "commit": utils_machine.git("describe", "--always", "--dirty"),
+        **utils_machine.describe_hardware(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         **{
@@ -295,7 +301,7 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
             if importlib.util.find_spec(name.replace("-", "_"))
         },
         "games": main.NUM_ENVS,
-        "precision": str(utils_config.choose_dtype(main.PRECISION, device)).removeprefix("torch."),
+        "precision": str(utils_machine.choose_dtype(main.PRECISION, device)).removeprefix("torch."),
         "device": str(device),
         "peak_ram_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }

@@ -3,6 +3,8 @@
 import functools
 import math
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -779,6 +781,31 @@ def test_saved_file_holds_only_tensors_and_plain_values_with_what_was_said_about
     content = torch.load(tmp_path / "model", weights_only=True)
     assert contains(content, "breakout")
     assert contains(content, 400)
+
+
+def test_saved_weights_give_the_same_values_in_a_network_of_plain_layers(tmp_path):
+    agent = Agent(ACTIONS, seed=3)
+    agent.save(tmp_path / "model")
+    weights = torch.load(tmp_path / "model", weights_only=True)["weights"]
+    states = make_states(5)
+    x = states.float()
+    for name, stride in (("conv1", 4), ("conv2", 2), ("conv3", 1)):
+        x = F.conv2d(x, weights[f"{name}.weight"], stride=stride).relu()
+    x = x.permute(0, 2, 3, 1).flatten(1) / 255
+    x = F.linear(x, weights["hidden.weight"], weights["hidden.bias"]).relu()
+    values = F.linear(x, weights["output.weight"], weights["output.bias"])
+    assert torch.allclose(agent.values(states), values, rtol=1e-4, atol=1e-5)
+
+
+def test_the_python_in_the_readme_works(monkeypatch, tmp_path):
+    readme = Path(utils_drl.__file__).with_name("README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Agent(ACTIONS).save("models/model_001", game="breakout", frame_skip=20)
+    code = "".join(blocks)
+    assert "Agent.from_model" in code
+    exec(code.replace("agent, 30,", "agent, 2,"), {})  # 30 games would take a while
 
 
 def test_save_replaces_an_older_file_and_leaves_nothing_beside_it(tmp_path):

@@ -547,7 +547,8 @@ def test_a_run_into_a_pipe_is_plain_lines_from_what_is_about_to_be_done_to_how_t
     rows = [row.split() for row in (tmp_path / "rewards.txt").read_text().splitlines()]
     number, _, score = max(rows, key=lambda row: float(row[2]))
     model = f"models/model_{int(number):03d}"
-    assert re.fullmatch(rf"finished after \d+s; best mean score {score}, of {model}; to watch it play:", lines[-2])
+    told = f"the highest of 3 mean scores is {score}, of {model}; to watch it play:"
+    assert re.fullmatch(rf"finished after \d+s; {re.escape(told)}", lines[-2])
     assert lines[-1] == shlex.join(["python", main.__file__, f"--PLAY={model}"])
     assert (tmp_path / model).exists()
 
@@ -557,7 +558,7 @@ def test_the_end_names_the_last_of_the_best_models_and_the_command_that_plays_it
     parts.models = Path("models")
     parts.evaluations = [Evaluation(n, 1_000 * n, 65.0 * n, [score]) for n, score in enumerate((1.0, 7.0, 7.0, 2.0))]
     assert utils_log.conclusion(parts).splitlines() == [
-        "finished after 3.2h; best mean score 7.0, of models/model_002; to watch it play:",
+        "finished after 3.2h; the highest of 4 mean scores is 7.0, of models/model_002; to watch it play:",
         "python '/my code/main.py' --PLAY=models/model_002",
     ]
 

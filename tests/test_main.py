@@ -15,6 +15,7 @@ import main
 import utils_config
 import utils_drl
 import utils_log
+import utils_machine
 import utils_memory
 
 TINY = {
@@ -314,10 +315,18 @@ def test_the_learner_has_as_many_threads_as_it_is_given(tiny_run):
         torch.set_num_threads(1)
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(main, "DEVICE", "cuda:77")
-    with pytest.raises(utils_config.ConfigError, match="cuda:77"):
-        utils_config.check(vars(main))
+@pytest.mark.parametrize("name", ["cuda:77", "auto"])
+def test_a_device_that_does_not_work_is_refused_with_its_reason(monkeypatch, capsys, name):
+    def broken(*args, device, **kwargs):
+        raise torch.OutOfMemoryError(f"no room on {device}\nand more")
+
+    monkeypatch.setattr(utils_machine.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(utils_machine.torch, "empty", broken)
+    monkeypatch.setattr(sys, "argv", ["main.py", f"--DEVICE={name}"])
+    assert utils_config.run(main.main, vars(main)) == 2
+    device = name.replace("auto", "cuda")
+    told = f"error: DEVICE {device!r} cannot be used: no room on {device}; --DEVICE=cpu can\n"
+    assert capsys.readouterr() == ("", told)
 
 
 @pytest.fixture
@@ -459,14 +468,22 @@ def forbidden(*args, **kwargs):
         ("GAME", 5, "GAME must be a text, not 5"),
         ("GAME", "", "GAME: the name of the game is empty"),
         ("PRIORITIZED", 1, "PRIORITIZED must be True or False, not 1"),
+        ("MAX_STEPS", "10", "MAX_STEPS must be a whole number, not '10'"),
+        ("SEED", None, "SEED must be a whole number, not None"),
         ("SEED", True, "SEED must be a whole number, not True"),
         ("GAMMA", "1", "GAMMA must be a number, not '1'"),
     ],
 )
-def test_a_constant_edited_to_what_cannot_be_is_refused(monkeypatch, name, value, sentence):
+def test_a_constant_edited_to_what_cannot_be_is_refused(monkeypatch, capsys, name, value, sentence):
     monkeypatch.setattr(main, name, value)
     with pytest.raises(utils_config.ConfigError, match=re.escape(sentence)):
         utils_config.check(vars(main))
+    for arguments in ([], ["--help"]):
+        monkeypatch.setattr(sys, "argv", ["main.py", *arguments])
+        if sentence.startswith("GAME:") and arguments:  # which is no question of types
+            continue
+        assert utils_config.run(main.main, vars(main)) == 2
+        assert capsys.readouterr() == ("", f"error: {sentence}\n")
 
 
 def test_a_whole_number_may_be_edited_to_stand_as_1e6(monkeypatch):
@@ -477,21 +494,34 @@ def test_a_whole_number_may_be_edited_to_stand_as_1e6(monkeypatch):
     assert (type(main.MAX_STEPS), type(main.GAMMA)) == (int, float)
 
 
+def test_a_constant_that_lost_its_type_is_told(monkeypatch):
+    monkeypatch.delitem(main.__annotations__, "DOUBLE_DQN")
+    with pytest.raises(utils_config.ConfigError, match=r"DOUBLE_DQN has no type .* DOUBLE_DQN: bool = True"):
+        utils_config.check(vars(main))
+
+
+def test_a_constant_of_a_type_that_has_no_spelling_is_told(monkeypatch):
+    monkeypatch.setitem(main.__annotations__, "EXTRA", int | None)
+    with pytest.raises(utils_config.ConfigError, match=r"EXTRA must be annotated with one of .*, not with int \| None"):
+        utils_config.check(vars(main))
+
+
 def test_a_constant_that_was_renamed_is_missed(monkeypatch):
     monkeypatch.delitem(main.__annotations__, "N_STEP")
+    monkeypatch.delattr(main, "N_STEP")
     with pytest.raises(utils_config.ConfigError, match=r"main\.py has no constant N_STEP any more"):
         utils_config.check(vars(main))
 
 
 def test_a_memory_that_does_not_fit_names_needed_and_free_and_what_would_fit(monkeypatch):
     cpu, memory = torch.device("cpu"), utils_memory.ReplayMemory
-    monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_500_000_000)
+    monkeypatch.setattr(utils_machine, "free_bytes", lambda device: 1_500_000_000)
     with pytest.raises(utils_config.ConfigError, match=r"0\.71 GB on cpu, 1\.50 GB free.* --MEM_SIZE=60_000"):
-        utils_config.choose_storage(cpu, memory, 100_000, 32)
-    assert utils_config.choose_storage(cpu, memory, 60_000, 32)[0] == cpu
-    monkeypatch.setattr(utils_config, "free_bytes", lambda device: 1_000_000_000)
+        utils_machine.choose_storage(cpu, memory, 100_000, 32)
+    assert utils_machine.choose_storage(cpu, memory, 60_000, 32)[0] == cpu
+    monkeypatch.setattr(utils_machine, "free_bytes", lambda device: 1_000_000_000)
     with pytest.raises(utils_config.ConfigError, match="or lower MEM_SIZE"):
-        utils_config.choose_storage(cpu, memory, 100_000, 32)
+        utils_machine.choose_storage(cpu, memory, 100_000, 32)
 
 
 def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
@@ -535,7 +565,7 @@ def test_a_run_too_short_to_learn_says_so(tiny_run, capsys):
 
 
 def test_free_memory_is_between_nothing_and_what_the_machine_has():
-    free = utils_memory.free_bytes(torch.device("cpu"))
+    free = utils_machine.free_bytes(torch.device("cpu"))
     assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -29,6 +29,7 @@ from test_main import TINY
 
 import main
 import utils_config
+import utils_machine
 import utils_record
 import utils_run
 from utils_env import AtariEnv
@@ -771,7 +772,7 @@ def test_a_second_start_beside_a_running_one_is_refused(monkeypatch, tmp_path):
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(utils_config.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
+    monkeypatch.setattr(utils_machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
     with (
         pytest.raises(utils_config.ConfigError, match=r"up to 0\.79 GB each, .*, 2\.00 GB free on .*MEM_SIZE=80_000"),
         utils_run.open_run(constants(MEM_SIZE=100_000, MAX_STEPS=1_000_000), CPU, ReplayMemory),

@@ -1,0 +1,205 @@
+"""The machine: the device and its arithmetic, room in memory and on the disk, and what there is to know about it."""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from utils_config import ConfigError, command_line, count
+from utils_memory import ReplayMemory
+
+DEVICES = ("cuda", "mps", "cpu")
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
+HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
+PACKAGES = ("torch", "numpy", "gymnasium", "ale-py")  # that decide what a run does
+CONTROL_GROUPS = [  # version 2 and 1: limit, usage, statistics, and the part of the usage that is reclaimable cache
+    [f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat")] + ["inactive_file"],
+    [f"/sys/fs/cgroup/memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")]
+    + ["total_inactive_file"],
+]
+
+
+def choose_device(name: str) -> torch.device:
+    """The device `name`, or for "auto" CUDA when there is one, else MPS, else the CPU. Raises ConfigError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in DEVICES:
+            raise RuntimeError(f"it is none of {', '.join(DEVICES)}")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ConfigError(f"DEVICE {name!r} cannot be used: {reason}; --DEVICE=cpu can") from None
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The arithmetic `name`, or for "auto" bfloat16 where the device computes in it, else float32.
+
+    Raises ConfigError.
+    """
+    if name not in DTYPES:
+        raise ConfigError(f"PRECISION must be one of {', '.join(DTYPES)}, not {name!r}")
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = (
+            device.type == "cpu"
+            and torch.cpu._is_avx512_bf16_supported()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
+    return torch.bfloat16 if fast else torch.float32
+
+
+def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
+    """Set up the process for training on `device` with `threads` threads, and return the arithmetic `precision`.
+
+    Raises ConfigError.
+    """
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one, and it is asked for bfloat16
+    dtype = choose_dtype(precision, device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # the shapes never change, so the fastest algorithms are worth a search
+        if precision == "float32":  # the reference: by default convolutions round their factors to TF32's 10 bits
+            torch.backends.cudnn.conv.fp32_precision = "ieee"
+    return dtype
+
+
+def choose_storage(
+    device: torch.device, memory: type[ReplayMemory], mem_size: int, num_envs: int
+) -> tuple[torch.device, str]:
+    """Where the replay memory goes, and a sentence that says what it takes: on a GPU with room for it, else in RAM.
+
+    Raises ConfigError, with needed and free bytes and a `mem_size` that would fit, if it fits nowhere.
+    """
+    needed = memory.needed_bytes(mem_size, num_envs)
+    places = [device] if device.type == "cuda" else []  # MPS has no float64, and shares the RAM anyway
+    for place in (*places, torch.device("cpu")):
+        free = free_bytes(place)
+        sentence = f"replay memory for {mem_size:,} steps: {needed / 1e9:.2f} GB on {place}, {free / 1e9:.2f} GB free"
+        if needed + HEADROOM <= free:
+            return place, sentence
+    remedy = make_fit((free - HEADROOM) / needed * mem_size)
+    raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; {remedy}")
+
+
+def make_fit(mem_size: float) -> str:
+    """What to do where there is room for a replay memory of `mem_size` steps only."""
+    fits = int(mem_size) // 10_000 * 10_000
+    return f"free some, or begin a run with --MEM_SIZE={fits:_}" if fits > 0 else "free some, or lower MEM_SIZE"
+
+
+def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> str:
+    """A sentence on the disk space that checkpoints take. Raises ConfigError if it is not there."""
+    sizes = {"capacity": constants["MEM_SIZE"], "num_envs": constants["NUM_ENVS"]}
+    memory_bytes = memory.saved_bytes(**sizes, steps=constants["MAX_STEPS"])
+    head = (18 + 1) * (512 + 1) * max(constants["QUANTILES"], constants["ATOMS"])  # of all actions, and dueling
+    copies = 5  # policy, target, average and Adam's two moments
+    networks_bytes = copies * 4 * ((4 << 20) + head)  # in float32
+    size = memory_bytes + networks_bytes
+    most = 3  # two, and one being written
+    there = (*directory.glob("checkpoint_" + 10 * "[0-9]"), *directory.glob("checkpoint_*.tmp"))  # they make way
+    free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in there)
+    needed = f"up to {size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
+    sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
+    if most * size > free:
+        full = memory.saved_bytes(**sizes, steps=constants["MEM_SIZE"])
+        remedy = make_fit((free / most - networks_bytes) / full * constants["MEM_SIZE"])
+        raise ConfigError(f"{sentence}; {remedy}")
+    return sentence
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that is freed. By default it hands blocks of megabytes back to the system, and every
+    update has to fault its own in anew: a tenth of the learner's time on a CPU. Elsewhere nothing is changed.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # the numbers of M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
+    mallopt(mmap_threshold, 32 << 20)  # the largest that is allowed
+    mallopt(trim_threshold, 1 << 30)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can be allocated on `device` now; for the CPU, what the machine and its control group leave available.
+
+    On systems that do not say what is available, all the memory there is.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        free = 1024 * int(_fields("/proc/meminfo")["MemAvailable:"])
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit, usage, statistics, cache in CONTROL_GROUPS:
+        try:
+            used = int(Path(usage).read_text()) - int(_fields(statistics)[cache])  # a cache makes way
+            free = min(free, int(Path(limit).read_text()) - used)
+        except (OSError, KeyError, ValueError):  # no such control group, or no limit ("max")
+            continue
+    return free
+
+
+def _fields(path: str) -> dict[str, str]:
+    """The first two words of every line of a file, name and value."""
+    return dict(line.split()[:2] for line in Path(path).read_text().splitlines())
+
+
+def describe_start(device: torch.device, constants: dict) -> dict:
+    """What there is to know about a start of the program with `constants` on `device`."""
+    commit = git("rev-parse", "HEAD")
+    return {
+        "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
+        "command": command_line(),
+        **describe_device(device, constants["PRECISION"]),
+        **describe_hardware(device),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in PACKAGES},
+        "commit": commit,
+        "dirty": None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no")),
+    }
+
+
+def describe_device(device: torch.device, precision: str) -> dict[str, str]:
+    """What computes, and how."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": f"{device} ({platform.machine()}, {name}), {count(torch.get_num_threads(), 'thread')}",
+        "precision": str(choose_dtype(precision, device)).removeprefix("torch."),
+    }
+
+
+def describe_hardware(device: torch.device) -> dict[str, str | int]:
+    """The processor and how many cores of it there are to use, and the GPU and its CUDA where `device` is one."""
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
+    return {"cpu": cpu, "cores": cores, **gpu}
+
+
+def git(*arguments: str) -> str | None:
+    """What git says about this program, or None where it says nothing."""
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
