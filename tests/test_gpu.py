@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import main
+import utils_machine
 from sumtree import SumTree
 from utils_drl import Agent, CudaGraph, chosen
 from utils_env import AtariEnv
@@ -114,6 +115,36 @@ def test_a_memory_on_the_gpu_survives_a_checkpoint(kind):
         memory.reseed(5)
     for mine, its in zip(before.sample(32, 4), after.sample(32, 4), strict=True):
         assert torch.equal(mine, its)
+
+
+@pytest.mark.parametrize("capacity", [2_000, 1_000_000])  # the frames of the second lie beyond 2^31 bytes
+def test_a_memory_that_has_wrapped_around_gives_the_frames_of_its_own_rows(capacity):
+    games, n_step = 20, 3
+    memory = PrioritizedReplayMemory(capacity, games, n_step=n_step, device=CUDA)
+    pushed = capacity // games + 50
+    for number in range(pushed):
+        frames = torch.full((games, 84, 84), number % 256, dtype=torch.uint8, device=CUDA)
+        frames[:, 0] = number // 256
+        row = Transition(
+            frames,
+            torch.full((games,), number % 4, device=CUDA),
+            torch.zeros(games, device=CUDA),
+            torch.zeros(games, dtype=torch.bool, device=CUDA),
+            torch.full((games,), min(number, 3), device=CUDA),
+        )
+        memory.push(row)
+    indices = memory.sampleable()
+    assert len(indices) == (capacity // games - 3 - n_step) * games
+    for some in (indices[:500], indices[-500:], memory.sample(32, 8).indices):
+        batch = memory.gather(some)
+        row = some // games
+        for states, last in ((batch.states, row), (batch.next_states, row + n_step)):
+            numbers = states[:, :, 1, 0].long() + 256 * states[:, :, 0, 0].long()
+            assert torch.equal(numbers, last[:, None] + torch.arange(-3, 1, device=CUDA))
+        assert torch.equal(batch.actions, (row + 1) % 4)
+    drawn = memory.sample(32, 8).indices
+    assert torch.isin(drawn, indices).all()
+    assert int(drawn.max() - drawn.min()) > capacity // 2
 
 
 NETWORKS = {
@@ -289,11 +320,18 @@ def test_states_and_rows_arrive_whole_on_the_gpu_however_busy_it_is():
 
 
 @pytest.mark.parametrize(
-    ("prioritized", "graphs", "precision"),
-    [(False, True, "auto"), (True, True, "auto"), (True, False, "auto"), (True, True, "float32")],
+    ("prioritized", "graphs", "precision", "storage"),
+    [
+        (False, True, "auto", "cuda"),
+        (True, True, "auto", "cuda"),
+        (True, False, "auto", "cuda"),
+        (True, True, "float32", "cuda"),
+        (True, True, "auto", "cpu"),  # the memory does not fit
+        (False, True, "auto", "cpu"),
+    ],
 )
 def test_a_whole_run_on_the_gpu_writes_its_results_and_goes_on_from_its_end(
-    monkeypatch, tmp_path, prioritized, graphs, precision
+    monkeypatch, tmp_path, capfd, prioritized, graphs, precision, storage
 ):
     constants = {
         "PRIORITIZED": prioritized,
@@ -307,11 +345,15 @@ def test_a_whole_run_on_the_gpu_writes_its_results_and_goes_on_from_its_end(
         "DEVICE": "cuda",
     }
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(utils_machine, "free_bytes", lambda device: 10**12 * (device.type == storage))
     for name, value in constants.items():
         monkeypatch.setattr(main, name, value)
     for steps, rows_written in ((4_000, 3), (8_000, 5)):
         monkeypatch.setattr(main, "MAX_STEPS", steps)
         main.main()
+        told = capfd.readouterr().err
+        assert f"GB on {storage}, 1000.00 GB free" in told
+        assert "CUDA graphs do not work" not in told
         assert len((tmp_path / "rewards.txt").read_text().splitlines()) == rows_written
 
 
