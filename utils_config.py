@@ -27,6 +27,7 @@ MOST = {  # far beyond what is useful, and short of what the machine or the emul
     "QUANTILES": 1000,
     "ATOMS": 1000,
 }
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}  # of constants
 
 
@@ -228,7 +229,7 @@ def _check(c: argparse.Namespace) -> None:
     )
     for name in positive.split():
         need(getattr(c, name) >= 1, f"{name} must be at least 1, not {getattr(c, name)}")
-        need(getattr(c, name) <= 10**12, f"{name} must be at most 10**12, not {getattr(c, name):g}")
+        need(getattr(c, name) <= 10**12, f"{name} must be at most 10**12")
     for name, most in MOST.items():
         need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
     for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
@@ -260,6 +261,7 @@ def _check(c: argparse.Namespace) -> None:
         need(
             every >= c.NUM_ENVS, f"{name} ({every}) must be at least NUM_ENVS ({c.NUM_ENVS}), the steps of an iteration"
         )
+    need(c.PRECISION in DTYPES, f"PRECISION must be one of {', '.join(DTYPES)}, not {c.PRECISION!r}")
 
 
 def out_of_memory(error: Exception) -> str:

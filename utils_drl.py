@@ -28,10 +28,10 @@ def chosen(actions: Tensor, outputs: Tensor) -> Tensor:
 class CudaGraph:
     """A function without arguments, recorded as a CUDA graph: one launch instead of hundreds.
 
-    The first calls run it as it is, and so settle whatever libraries choose or allocate at first. After them recording
-    is due, and from then on calls replay the record. It must not wait for the device, and every tensor that it reads or
-    writes must stay where it is; what it returns is overwritten by the next call. `generators` are those it draws from.
-    All this happens on the current device.
+    The first calls run it as it is, and so settle whatever libraries choose or allocate at first. After them it
+    `is_due` to `record`, and from then on calls replay the record. It must not wait for the device, and every tensor
+    that it reads or writes must stay where it is; what it returns is overwritten by the next call. `generators` are
+    those it draws from. All this happens on the current device.
     """
 
     WARM_UP = 3
@@ -329,7 +329,7 @@ class Agent:
             copy_all(self.target.parameters(), self.policy.parameters())
 
     def read_statistics(self) -> dict[str, float]:
-        """STATISTICS since they were last read: means over the last of the updates of each `learn`. Waits.
+        """STATISTICS since they were last read: means over the last update of each draw. Waits for the device.
 
         Empty if there was no update.
         """

@@ -5,6 +5,7 @@ import ctypes
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -12,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from utils_config import ConfigError, command_line, count
+from utils_config import DTYPES, ConfigError, command_line, count
 from utils_memory import ReplayMemory
 
 DEVICES = ("cuda", "mps", "cpu")
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py")  # that decide what a run does
 CONTROL_GROUPS = [  # version 2 and 1: limit, usage, statistics, and the part of the usage that is reclaimable cache
@@ -36,18 +36,13 @@ def choose_device(name: str) -> torch.device:
             raise RuntimeError(f"it is none of {', '.join(DEVICES)}")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = re.split(r"\n|\. ", str(error) or type(error).__name__)[0]  # torch goes on for pages
         raise ConfigError(f"DEVICE {name!r} cannot be used: {reason}; --DEVICE=cpu can") from None
     return device
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic `name`, or for "auto" bfloat16 where the device computes in it, else float32.
-
-    Raises ConfigError.
-    """
-    if name not in DTYPES:
-        raise ConfigError(f"PRECISION must be one of {', '.join(DTYPES)}, not {name!r}")
+    """The arithmetic `name`, or for "auto" bfloat16 where the device computes in it, else float32."""
     if name != "auto":
         return DTYPES[name]
     if device.type == "cuda":
@@ -62,10 +57,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
-    """Set up the process for training on `device` with `threads` threads, and return the arithmetic `precision`.
-
-    Raises ConfigError.
-    """
+    """Set up the process for training on `device` with `threads` threads, and return the arithmetic `precision`."""
     keep_freed_memory()
     if threads:
         torch.set_num_threads(threads)

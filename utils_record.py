@@ -36,7 +36,7 @@ class Record:
     finished: int | None = None  # step of the end
     best: str | None = None  # the best model, then, ...
     score: float | None = None  # ... and its mean score
-    starts: list[dict] = field(default_factory=list)  # each start of the program, as utils_config describes it
+    starts: list[dict] = field(default_factory=list)  # each start of the program, as utils_machine describes it
 
     @property
     def models(self) -> Path:
@@ -173,9 +173,9 @@ def _models(directory: Path) -> list[Path]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a directory of curves or pictures. Raises OSError, and keeps it, if there is more in it."""
+    """Remove a file, or a directory of curves or pictures. Raises OSError if there is more in it, which stays."""
     if path.is_dir():
-        for file in (*path.glob("events.*"), *path.glob(6 * "[0-9]" + ".png")):
+        for file in path.glob("events.*" if path == CURVES else 6 * "[0-9]" + ".png"):
             file.unlink()
         path.rmdir()
     else:

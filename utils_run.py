@@ -288,7 +288,8 @@ class Run:
             half.unlink()
         self._prune()
         for pictures in Path(".").glob("eval_*"):
-            written = re.fullmatch(r"eval_(\d{3,})(\.gif)?", pictures.name)
-            if written and int(written[1]) >= len(self.evaluations):
+            written = re.fullmatch(r"eval_(\d{3}|[1-9]\d{3,})(\.gif)?", pictures.name)
+            mine = written and pictures.is_dir() == (written[2] is None)
+            if mine and int(written[1]) >= len(self.evaluations):
                 with contextlib.suppress(OSError):  # there is something of the user's in it, which stays
                     remove(pictures)

@@ -73,10 +73,10 @@ def bench() -> None:
     try:
         machine = resolve(overrides)
         recipes = {recipe: resolve([*flags(RECIPES[recipe]), *overrides]) for recipe in asked.recipes}
+        device = utils_machine.choose_device(machine["DEVICE"])
+        dtype = utils_machine.prepare(device, machine["PRECISION"], machine["THREADS"])
     except utils_config.ConfigError as error:
         parser.error(str(error))
-    device = utils_machine.choose_device(machine["DEVICE"])
-    dtype = utils_machine.prepare(device, machine["PRECISION"], machine["THREADS"])
 
     try:
         saved = torch.load(asked.checkpoint, map_location="cpu", mmap=True, weights_only=True)

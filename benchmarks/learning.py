@@ -27,7 +27,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from learning_report import report, rewards, write
 from recipes import RECIPES
-from throughput import machine
 
 import main
 import utils_config
@@ -156,7 +155,7 @@ def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
         return Run(directory, record, arguments)
     if directory.exists():
         raise ValueError(f"{directory} is there already, without a learning.json; choose another --out")
-    about = machine(utils_machine.choose_device(constants["DEVICE"]))
+    about = utils_machine.describe_hardware(utils_machine.choose_device(constants["DEVICE"]))
     record = {
         "recipe": recipe,
         "game": constants["GAME"],

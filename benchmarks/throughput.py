@@ -39,6 +39,7 @@ from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition
 
 WINDOW = 6.0  # seconds of each measurement
+SLOTS = (100_000, 1_000_000)  # of the memories measured alone
 LENGTH = 1_000_000  # steps of a run of which the loop is measured
 
 
@@ -75,10 +76,10 @@ def bench() -> None:
         parts["loop_float32"] = lambda: loop(False, PRECISION="float32")
         parts["sb3"] = stable_baselines3
     memories = {}  # first, because these may not fit
-    for slots in (100_000, 1_000_000):
+    for slots in SLOTS:
         try:
             memories[slots] = memory_times(device, slots)
-        except utils_config.ConfigError as error:
+        except (utils_config.ConfigError, OSError) as error:  # the second from a full disk
             print(f"not measured: {error}", file=sys.stderr)
     rates: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(arguments.rounds):

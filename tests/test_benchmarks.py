@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 import main
 import utils_config
+import utils_machine
 from utils_drl import Agent
 from utils_env import AtariEnv
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
@@ -41,8 +43,11 @@ def benchmark(monkeypatch):
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants(benchmark, monkeypatch, prioritized):
+def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants(
+    benchmark, monkeypatch, tmp_path, prioritized
+):
     throughput = benchmark("throughput")
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(throughput, "WINDOW", 0.2)
     small = {"BATCH_SIZE": 4, "POLICY_UPDATE": 32, "MEM_SIZE": 10_000, "DEVICE": "cpu", "THREADS": 1}
     for name, value in small.items():
@@ -50,6 +55,53 @@ def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants
     before = dict(vars(main))
     assert throughput.loop(prioritized) > 0
     assert dict(vars(main)) == before
+
+
+@pytest.fixture
+def throughput(benchmark, monkeypatch, tmp_path):
+    """A function that runs the throughput benchmark with a command line, on little of everything, under tmp_path."""
+    module = benchmark("throughput")
+    for name, value in {"WINDOW": 0.05, "SLOTS": (1_000, 2_000)}.items():
+        monkeypatch.setattr(module, name, value)
+    for name in utils_config.constants(vars(main)):
+        monkeypatch.setattr(main, name, getattr(main, name))  # undone after the test
+    monkeypatch.chdir(tmp_path)
+
+    def start(*arguments: str) -> None:
+        small = [
+            "--MEM_SIZE=10_000",
+            "--WARM_STEPS=1_000",
+            "--POLICY_UPDATE=32",
+            "--BATCH_SIZE=4",
+            "--DEVICE=cpu",
+            "--THREADS=1",
+        ]
+        monkeypatch.setattr(sys, "argv", ["throughput.py", "--rounds=1", *small, *arguments])
+        module.bench()
+
+    return start
+
+
+def test_the_throughput_benchmark_prints_its_table_and_writes_every_figure(throughput, tmp_path, capsys):
+    throughput("--json=figures.json")
+    figures = json.loads(Path("figures.json").read_text())
+    parts = ["emulators", "acting", "learner_uniform", "learner_prioritized", "loop_uniform", "loop_prioritized"]
+    table = capsys.readouterr().out
+    for part in parts:
+        assert figures[part]["steps_per_s"] > 0
+        assert f"{part} " in table
+    loops = [figures[part]["steps_per_s"] for part in ("loop_prioritized", "loop_uniform")]
+    assert figures["ratios"]["prioritized / uniform, loop"] == pytest.approx(loops[0] / loops[1])
+    assert list(figures["memory_microseconds"]) == ["1000", "2000"]
+    assert figures["constants"]["POLICY_UPDATE"] == 32
+    assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
+
+
+def test_the_throughput_benchmark_looks_for_room_before_it_begins(throughput, monkeypatch, capsys):
+    monkeypatch.setattr(utils_machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 9e9, 1e8))
+    with pytest.raises(SystemExit, match="2"):
+        throughput()
+    assert "error: checkpoints: up to " in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture
@@ -258,6 +310,7 @@ def test_no_recipe_is_there_twice(learning):
         (["--BATCH_SIZ=4"], "there is no constant BATCH_SIZ; the nearest is BATCH_SIZE"),
         (["--SEED=4"], "SEED is set by --games, --seeds"),
         (["--games", "brekout"], "is it 'breakout'"),
+        (["--PRECISION=float8"], "PRECISION must be one of auto, float32, bfloat16, not 'float8'"),
         (["--at", "150"], "--at 150: there is an evaluation every 100 steps up to 200"),
         (["--until", "breakout"], "invalid goal value: 'breakout'"),
         (["--until", "breakout=20", "Breakout=40"], "--until: one score per game"),
@@ -371,6 +424,7 @@ def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_
         (["none", model], "none is not a checkpoint"),
         ([checkpoint, checkpoint], "checkpoint_0000000400 is not a model"),
         ([checkpoint, "none"], "No such file or directory: 'none'"),
+        ([checkpoint, model, "--DEVICE=tpu"], "DEVICE 'tpu' cannot be used: "),
     ]:
         monkeypatch.setattr(sys, "argv", ["fit.py", *wrong])
         with pytest.raises(SystemExit, match="2"):

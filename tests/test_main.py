@@ -318,10 +318,11 @@ def test_the_learner_has_as_many_threads_as_it_is_given(tiny_run):
 @pytest.mark.parametrize("name", ["cuda:77", "auto"])
 def test_a_device_that_does_not_work_is_refused_with_its_reason(monkeypatch, capsys, name):
     def broken(*args, device, **kwargs):
-        raise torch.OutOfMemoryError(f"no room on {device}\nand more")
+        raise torch.OutOfMemoryError(f"no room on {device}. Try this\nand more")
 
     monkeypatch.setattr(utils_machine.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(utils_machine.torch, "empty", broken)
+    monkeypatch.setattr(main, "DEVICE", main.DEVICE)  # undone after the test
     monkeypatch.setattr(sys, "argv", ["main.py", f"--DEVICE={name}"])
     assert utils_config.run(main.main, vars(main)) == 2
     device = name.replace("auto", "cuda")
@@ -430,7 +431,9 @@ BAD = [
     (["--SAVE_PREFIX=" + 300 * "x"], "cannot write to xxx"),
     (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e12"], "up to 7063000."),
     (["--MEM_SIZE=1e12", "--PRIORITIZED=True"], "up to 8070."),  # the frames of 10M steps, and all priorities
-    (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e6"], "the replay memory for 1,000,000,000,000 steps:"),
+    (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e4"], "the replay memory for 1,000,000,000,000 steps:"),
+    (["--MAX_STEPS=1_000_000_000_001"], "MAX_STEPS must be at most 10**12"),
+    ([f"--BETA_STEPS=1{400 * '0'}"], "BETA_STEPS must be at most 10**12"),
     (["--PLAY=nowhere"], "cannot read nowhere: No such file or directory"),
     (["--PLAY="], "PLAY needs a value: --PLAY=..."),
     (["--lr=1e-4"], "there is no constant LR; --help lists them all"),

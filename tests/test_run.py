@@ -568,7 +568,15 @@ def place(monkeypatch, tmp_path):
 def test_going_on_takes_back_the_runs_own_pictures_and_nothing_else(place):
     place()
     mine = ["eval_003/000000.png", "eval_003.gif", "eval_1000/000000.png", "eval_1000.gif"]
-    others = ["eval_2024/notes.txt", "eval_7.csv", "eval_007.txt", "eval_7/000000.png", "eval_001/000000.png", "eval_x"]
+    others = [
+        "eval_2024/notes.txt",
+        "eval_2025",
+        "eval_0012.gif",
+        "eval_005/events.csv",
+        "eval_006/1.png",
+        "eval_7.csv",
+    ]
+    others += ["eval_007.txt", "eval_7/000000.png", "eval_001/000000.png", "eval_x"]
     for name in (*mine, *others):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
