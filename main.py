@@ -141,7 +141,7 @@ def train(
             if due(step, TARGET_UPDATE):
                 agent.sync()
             evaluate(step)
-            if run.due(step):  # a checkpoint
+            if run.checkpoint_due(step):
                 log.settle(step)
                 with log.pause(step, "writing a checkpoint"):
                     run.save(step, loss)

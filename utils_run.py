@@ -156,8 +156,8 @@ class Run:
             cause = f"training has diverged, {found}"
             raise self.stopped(cause, "start elsewhere with a lower LEARNING_RATE or --PRECISION=float32")
 
-    def due(self, step: int) -> bool:
-        """After every iteration: whether a checkpoint is due, every CHECKPOINT_FREQ steps and after a signal."""
+    def checkpoint_due(self, step: int) -> bool:
+        """To be asked once after every iteration: every CHECKPOINT_FREQ steps, and after a signal."""
         beats, self._beats = self._beats, step // self._constants["CHECKPOINT_FREQ"]
         self._step = step
         return step < self._constants["MAX_STEPS"] and (beats != self._beats or self._signal != 0)

@@ -275,7 +275,7 @@ def test_a_signal_while_a_checkpoint_is_written_ends_the_run_with_that_one(monke
     def run() -> None:
         with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
             run.resume(agent, memory)
-            assert run.due(100)
+            assert run.checkpoint_due(100)
             run.save(100, None)
 
     with pytest.raises(utils_config.Stopped, match="stopped at step 100 by SIGTERM"):
@@ -525,7 +525,7 @@ def write(last: int, size: int = 1000, **values) -> None:
                 part.numbers.fill_(step)
                 if step % 100 == 0:
                     run.report(step // 100, step, np.array([step, step + 1]))
-                if run.due(step):
+                if run.checkpoint_due(step):
                     run.save(step, None)
             raise Killed
     except Killed:
@@ -895,7 +895,7 @@ def test_a_full_disk_costs_no_earlier_checkpoint(failing):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
             os.kill(os.getpid(), signal.SIGTERM)
-            if run.due(399):
+            if run.checkpoint_due(399):
                 run.save(399, None)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -929,7 +929,7 @@ def test_a_directory_removed_under_a_run_is_told(failing):
         shutil.rmtree("models")
         run.report(3, 399, np.array([1.0]))
         os.kill(os.getpid(), signal.SIGTERM)
-        if run.due(399):
+        if run.checkpoint_due(399):
             run.save(399, None)
 
     assert "step 399: cannot write models/checkpoint_0000000399: No such file" in failing(remove)
