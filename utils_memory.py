@@ -23,6 +23,7 @@ from sumtree import SumTree
 from utils_types import FRAME_SHAPE, Batch, Transition
 
 ROW_DTYPES = {"actions": torch.int64, "rewards": torch.float32, "terminals": torch.bool, "ages": torch.int64}
+BESIDE = 7  # bytes of a slot beside its frame: age 1, action 1, reward 4, terminal 1
 RING = ("frames", "ages", "actions", "rewards", "terminals")  # what is stored for every slot
 PART = 1 << 13  # slots that are saved at once, 58 MB of frames
 TRIES = 4  # candidates per uniform draw; all four miss less than once in 10^8 draws, unless games last a few steps
@@ -90,13 +91,13 @@ class ReplayMemory:
     def needed_bytes(capacity: int, num_envs: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
         """Bytes a uniform memory of these sizes allocates."""
         slots = -(-capacity // num_envs) * num_envs
-        return (slots + 1) * frame_shape[0] * frame_shape[1] + slots * 7  # age 1, action 1, reward 4, terminal 1
+        return (slots + 1) * frame_shape[0] * frame_shape[1] + slots * BESIDE
 
     @staticmethod
     def saved_bytes(capacity: int, num_envs: int, steps: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
         """Bytes of a uniform memory's state_dict after `steps` steps: only rows that are stored are written."""
         rows = min(-(-capacity // num_envs), -(-steps // num_envs) + 1)
-        return rows * num_envs * (frame_shape[0] * frame_shape[1] + 7)
+        return rows * num_envs * (frame_shape[0] * frame_shape[1] + BESIDE)
 
     def __len__(self) -> int:
         """Steps stored."""

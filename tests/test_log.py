@@ -597,6 +597,14 @@ def test_a_model_plays_its_own_game_in_true_colour_one_picture_a_step(run_main, 
         assert np.array_equal(screen[:, part:640:4], screen[:, :640:4]), "pixels are square"
 
 
+def test_a_model_may_lie_in_the_home_directory(run_main, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "mine", frame_skip=20)
+    status, told = run_main(PLAY="~/mine", EVAL_EPS=1.0)
+    assert status == 0
+    assert told.startswith(f"{tmp_path}/mine: playing a game of breakout")
+
+
 def test_the_pictures_show_the_recorded_game_beside_the_values_of_its_actions():
     env, agent = AtariEnv("breakout", 1), Agent(4)
     watched = utils_play.Watched(agent)
