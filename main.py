@@ -67,7 +67,7 @@ CHECKPOINT_FREQ: int = 1_000_000  # steps between checkpoints, from which the sa
 
 # The machine
 DEVICE: str = "auto"  # cuda when there is one, else mps, else cpu
-THREADS: int = 0  # of the learner on a CPU; 0: torch's choice, one per core; 1 where other programs need the cores too
+THREADS: int = 0  # of the learner; 0: one with a GPU, else one per core; 1 where other programs need the cores too
 PRECISION: str = "auto"  # arithmetic of the networks: float32, bfloat16, or bfloat16 where the hardware is made for it
 CUDA_GRAPHS: bool = True  # on a GPU: record acting and learning once and replay them; False is the plain path
 
@@ -183,6 +183,7 @@ def make_memory(Memory: type[ReplayMemory], capacity: int, storage: torch.device
         gamma=GAMMA,
         device=storage,
         learner_device=device,
+        graphs=CUDA_GRAPHS,
         seed=SEED,
         **(priorities if issubclass(Memory, PrioritizedReplayMemory) else {}),
     )

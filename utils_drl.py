@@ -3,10 +3,9 @@
 import contextlib
 import copy
 import os
-import sys
 import warnings
 import zipfile
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import BinaryIO
 
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils_graph import Graphs
 from utils_model import DQN, pixels
 from utils_types import Batch
 
@@ -23,62 +23,6 @@ warnings.filterwarnings("ignore", ".*capturable=True")  # Adam's, as long as it 
 def chosen(actions: Tensor, outputs: Tensor) -> Tensor:
     """Those [B, n] of the `actions` [B] among the `outputs` [B, A, n]."""
     return outputs.gather(1, actions[:, None, None].expand(-1, 1, outputs.shape[2])).squeeze(1)
-
-
-class CudaGraph:
-    """A function without arguments, recorded as a CUDA graph: one launch instead of hundreds.
-
-    The first calls run it as it is, and so settle whatever libraries choose or allocate at first. After them it
-    `is_due` to `record`, and from then on calls replay the record. It must not wait for the device, and every tensor
-    that it reads or writes must stay where it is; what it returns is overwritten by the next call. `generators` are
-    those it draws from. All this happens on the current device.
-    """
-
-    WARM_UP = 3
-
-    def __init__(self, function: Callable[[], Tensor], generators: Iterable[torch.Generator] = ()):
-        self._function, self._generators = function, tuple(generators)
-        self._stream = torch.cuda.Stream()  # the default one cannot be recorded
-        self._calls, self._graph = 0, None
-
-    def __call__(self) -> Tensor:
-        if self._graph is not None:
-            self._graph.replay()
-            return self._result
-        self._calls += 1
-        current = torch.cuda.current_stream()
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = self._function()
-        current.wait_stream(self._stream)
-        result.record_stream(current)
-        return result
-
-    @property
-    def is_due(self) -> bool:
-        """Whether it has run often enough to be recorded."""
-        return self._graph is None and self._calls >= self.WARM_UP
-
-    def record(self) -> None:
-        """Record the function, without running it. Raises RuntimeError where that is impossible."""
-        graph = torch.cuda.CUDAGraph()
-        for generator in self._generators:
-            graph.register_generator_state(generator)
-        # Recording registers the default one by itself.
-        generators = (*self._generators, torch.cuda.default_generators[torch.cuda.current_device()])
-        states = [generator.get_state() for generator in generators]
-        try:
-            # The outer context brings the current stream back also when the end of a failed recording raises.
-            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, stream=self._stream):
-                self._result = self._function()
-        except RuntimeError:
-            for generator, state in zip(generators, states, strict=True):  # before torch 2.13 they stay in it
-                fresh = torch.Generator(generator.device)
-                fresh.set_state(state)
-                generator.graphsafe_set_state(fresh.graphsafe_get_state())
-            raise
-        self._graph = graph
-        self._function = None  # it often belongs to the owner of this object, and the two would keep each other alive
 
 
 def flatten(network: DQN) -> torch.nn.Parameter:
@@ -157,7 +101,7 @@ class Agent:
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
         self.shape |= {"atoms": atoms, "layer_norm": layer_norm} | ({"v_max": v_max} if atoms > 1 else {})
-        self._use_graphs = graphs and self.device.type == "cuda"
+        self._graphs = Graphs(self.device, graphs)
         self._dtype = dtype
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         with torch.random.fork_rng(devices=[]):  # torch's own stream on the CPU stays as it was
@@ -178,9 +122,8 @@ class Agent:
             lr=learning_rate,
             eps=adam_eps,
             fused=self.device.type != "mps",
-            capturable=self._use_graphs,
+            capturable=self._graphs.in_use,
         )
-        self._graphs: dict[Hashable, CudaGraph] = {}
         # Where the acting graphs look for states, by their number and the network that acts.
         self._acting: dict[tuple[int, DQN], Tensor] = {}
         self._rng = np.random.default_rng(seed)
@@ -218,13 +161,13 @@ class Agent:
         return actions
 
     def _greedy(self, network: DQN, states: Tensor) -> Tensor:
-        if not self._use_graphs:
+        if not self._graphs.in_use:
             return self._best(network, states)
         key = len(states), network
         if key not in self._acting:
             self._acting[key] = torch.empty_like(states)
         fixed = self._acting[key].copy_(states)
-        return self._graphed(key, partial(self._best, network, fixed))
+        return self._graphs(key, partial(self._best, network, fixed))
 
     def _best(self, network: DQN, states: Tensor) -> Tensor:
         return self._values(network, states).argmax(1)
@@ -246,30 +189,13 @@ class Agent:
         most = max(LARGEST_DRAW // batch_size, 1)
         for done in range(0, updates, most):
             part = min(most, updates - done)
-            if self._use_graphs and memory.device.type == "cuda":
-                key = memory, batch_size, part
-                loss = self._graphed(key, partial(self._learn, *key), [memory.generator])
+            key = memory, batch_size, part
+            if memory.device.type == "cuda":
+                loss = self._graphs(key, partial(self._learn, *key), [memory.generator])
             else:
-                loss = self._learn(memory, batch_size, part)
+                loss = self._learn(*key)
             self._summed += 1
         return loss
-
-    def _graphed(self, key: Hashable, function: Callable[[], Tensor], generators=()) -> Tensor:
-        """Call `function` by its graph; where recording fails, say so once and go on without graphs."""
-        with torch.cuda.device(self.device):
-            if key not in self._graphs:
-                self._graphs[key] = CudaGraph(function, generators)
-            graph = self._graphs[key]
-            if graph.is_due:
-                try:
-                    graph.record()
-                except RuntimeError as error:
-                    error = error.__context__ or error  # to end a broken recording fails too
-                    reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-                    print(f"CUDA graphs do not work here, going on without them, slower: {reason}", file=sys.stderr)
-                    self._use_graphs = False
-                    return function()
-            return graph()
 
     def _learn(self, memory, batch_size: int, updates: int) -> Tensor:
         batch = memory.sample(batch_size, updates)

@@ -20,6 +20,8 @@ TWO_PLAYERS_ONLY = ("combat", "joust", "maze_craze", "warlords")  # the vectoris
 SCREEN = (210, 160)  # rows and columns of a true-colour frame
 EPISODE_FRAMES = 108_000  # a training game's limit, half an hour
 EVAL_FRAMES = 18_000  # an evaluation game's limit, five minutes
+PIXELS = FRAME_SHAPE[0] * FRAME_SHAPE[1]
+COLUMNS = 4  # float32 numbers that travel beside a game's frame: action, reward, terminal, age
 LEAST_FRAMES = 40  # of any limit: a game's clock starts after up to 30 no-ops, and must be seen to fall at its restart
 FRAMES_PER_SECOND = 60
 
@@ -95,6 +97,10 @@ class AtariEnv:
         self._fire = self._meanings.index("FIRE") if "FIRE" in self._meanings else None
         self._in_flight = False
         self._lives = 0
+        # What travels to the device for every step, pinned for a GPU, and whether it has travelled.
+        on_gpu = self.device.type == "cuda"
+        self._staging = torch.empty(num_envs, PIXELS + 4 * COLUMNS, dtype=torch.uint8, pin_memory=on_gpu)
+        self._uploaded = torch.cuda.Event() if on_gpu else None
         self._replay: Iterator[tuple[np.ndarray, float]] = iter(())
         self._evaluations: dict[tuple[int, int], AtariEnv] = {}
         self.finished_games: list[Episode] = []  # as they end, for the caller to read and clear
@@ -182,20 +188,24 @@ class AtariEnv:
             self.finished_lives += _take(lives, self._terminals)
 
     def _row(self, frames: np.ndarray, rewards: np.ndarray) -> tuple[Tensor, Transition]:
-        # Two uploads a row: the frames, and everything else as one small table.
-        frames = self._upload(frames[:, 0])
-        table = np.stack([self._actions, rewards, self._terminals, self._ages]).astype(np.float32)
-        actions, rewards, terminals, ages = self._upload(table)
+        table = np.stack([self._actions, rewards, self._terminals, self._ages], axis=1).astype(np.float32)
+        uploaded = self._upload(frames.reshape(self.num_envs, PIXELS), table.view(np.uint8))
+        frames = uploaded[:, :PIXELS].view(-1, *FRAME_SHAPE)
+        actions, rewards, terminals, ages = uploaded[:, PIXELS:].view(torch.float32).t()
         row = Transition(frames, actions.long(), rewards, terminals.bool(), ages.long())
         earlier = self._states[:, 1:] * (row.ages > 0)[:, None, None, None]
         self._states = torch.cat([earlier, frames[:, None]], dim=1)
         return self._states, row
 
-    def _upload(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":  # torch keeps the pinned copy until the upload, which nothing waits for, is done
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
+    def _upload(self, *parts: np.ndarray) -> Tensor:
+        """The uint8 `parts` [N, n], side by side on the device, by one upload for which nothing waits."""
+        if self._uploaded is not None:
+            self._uploaded.synchronize()  # the last one, which is long done
+        np.concatenate(parts, axis=1, out=self._staging.numpy())
+        uploaded = self._staging.to(self.device, non_blocking=True, copy=True)
+        if self._uploaded is not None:
+            self._uploaded.record(torch.cuda.current_stream(self.device))
+        return uploaded
 
     def evaluate(
         self,

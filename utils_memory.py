@@ -15,11 +15,14 @@ sample, gather and update_priorities do not wait for it; a memory in RAM beside 
 and for the TD errors.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from sumtree import SumTree
+from utils_graph import Graphs
 from utils_types import FRAME_SHAPE, Batch, Transition
 
 ROW_DTYPES = {"actions": torch.int64, "rewards": torch.float32, "terminals": torch.bool, "ages": torch.int64}
@@ -32,7 +35,8 @@ TRIES = 4  # candidates per uniform draw; all four miss less than once in 10^8 d
 class ReplayMemory:
     """Uniform replay over the last `capacity` steps of `num_envs` games (Mnih et al. 2015, methods).
 
-    `capacity` is rounded up to whole rows. Batches are delivered on `learner_device`, by default the memory's own.
+    `capacity` is rounded up to whole rows. Batches are delivered on `learner_device`, by default the memory's own. With
+    `graphs`, on a GPU, storing a row is a CUDA graph.
     Raises ValueError for sizes below 1 and for a capacity that cannot hold one stack and one n-step window per game.
     """
 
@@ -47,6 +51,7 @@ class ReplayMemory:
         frame_shape: tuple[int, int] = FRAME_SHAPE,
         device: torch.device | str = "cpu",
         learner_device: torch.device | str | None = None,
+        graphs: bool = True,
         seed: int = 0,
     ):
         for name, value in (
@@ -77,10 +82,10 @@ class ReplayMemory:
         self._rewards = torch.zeros(self.capacity, dtype=torch.float32, device=self.device)
         self._terminals = torch.zeros(self.capacity, dtype=torch.bool, device=self.device)
 
-        self._pushed = 0  # rows, on the host, to address the ring
-        self._count = torch.zeros(
-            (), dtype=torch.int64, device=self.device
-        )  # the same number where the device reads it
+        self._pushed = 0  # rows
+        self._count = torch.zeros((), dtype=torch.int64, device=self.device)  # the same, read by the device
+        self._graphs = Graphs(self.device, graphs)
+        self._incoming: Transition | None = None  # where the graph looks for a row
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._row = torch.arange(num_envs, device=self.device)
         self._ahead = torch.arange(n_step, device=self.device) * num_envs
@@ -116,14 +121,26 @@ class ReplayMemory:
                 raise ValueError(
                     f"{name} of a row must be {dtype} [{self.num_envs}], not {value.dtype} {list(value.shape)}"
                 )
-        here, before = self._slots(self._pushed), self._slots(self._pushed - 1)
-        self._frames[here] = row.frames.reshape(self.num_envs, -1)
-        self._ages[here] = row.ages
-        self._actions[before] = row.actions
-        self._rewards[before] = row.rewards
-        self._terminals[before] = row.terminals
+        if self._graphs.in_use:
+            if self._incoming is None:
+                self._incoming = Transition(*map(torch.empty_like, row))
+            for fixed, value in zip(self._incoming, row, strict=True):
+                fixed.copy_(value)
+            row = self._incoming
+        self._graphs("push", partial(self._store, row))
         self._pushed += 1
+
+    def _store(self, row: Transition) -> Tensor:
+        """Write `row` at the head of the ring, which the device finds by its own count; that count afterwards."""
+        here = (self._count * self.num_envs + self._row) % self.capacity
+        before = (here - self.num_envs) % self.capacity
+        self._frames.index_copy_(0, here, row.frames.to(self.device).reshape(self.num_envs, -1))
+        self._ages.index_copy_(0, here, row.ages.to(self._ages))
+        self._actions.index_copy_(0, before, row.actions.to(self._actions))
+        self._rewards.index_copy_(0, before, row.rewards.to(self._rewards))
+        self._terminals.index_copy_(0, before, row.terminals.to(self._terminals))
         self._count += 1
+        return self._count
 
     def sample(self, batch_size: int, batches: int = 1) -> Batch:
         """Draw `batches` * `batch_size` transitions, batch after batch, each equally likely, with replacement."""
@@ -204,10 +221,6 @@ class ReplayMemory:
         oldest = (self._count - self.rows + self.stack_size - 1).clamp_min(0)
         return oldest * self.num_envs, (self._count - self.n_step) * self.num_envs
 
-    def _slots(self, row: int) -> slice:
-        start = row % self.rows * self.num_envs
-        return slice(start, start + self.num_envs)
-
     def _at(self, values: Tensor, indices: Tensor) -> Tensor:
         return values[indices % self.capacity]
 
@@ -277,12 +290,13 @@ class PrioritizedReplayMemory(ReplayMemory):
         leaves = 8 * -(-capacity // num_envs) * num_envs
         return ReplayMemory.saved_bytes(capacity, num_envs, steps, frame_shape) + leaves
 
-    def push(self, row: Transition) -> None:
-        """Append one row: another one's n-step window becomes whole and it gets priorities, a third loses its stack."""
-        super().push(row)
+    def _store(self, row: Transition) -> Tensor:
+        """Write the row: another one's n-step window becomes whole and it gets priorities, a third loses its stack."""
+        count = super()._store(row)
         # Before the ring is full, or the window complete, these are rows not yet written: no transition, priority 0.
-        changed = self._count * self.num_envs + self._changed
+        changed = count * self.num_envs + self._changed
         self._tree.update(changed % self.capacity, self._is_transition(changed) * self._new_priorities)
+        return count
 
     def sample(self, batch_size: int, batches: int = 1) -> Batch:
         """Draw `batches` * `batch_size` transitions, batch after batch, in proportion to their priorities.

@@ -9,8 +9,9 @@ import torch
 import main
 import utils_machine
 from sumtree import SumTree
-from utils_drl import Agent, CudaGraph, chosen
+from utils_drl import Agent, chosen
 from utils_env import AtariEnv
+from utils_graph import CudaGraph
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Batch, Transition
 
