@@ -95,7 +95,7 @@ def train(
     storage: torch.device,
 ) -> None:
     """Train an agent of `dtype` on `device` with a memory in `storage`, from where `run` stands to MAX_STEPS."""
-    env = AtariEnv(GAME, NUM_ENVS, device, stack_size=STACK_SIZE, frame_skip=FRAME_SKIP)
+    env = AtariEnv(GAME, NUM_ENVS, device, stack_size=STACK_SIZE, frame_skip=FRAME_SKIP, graphs=CUDA_GRAPHS)
     agent = make_agent(env.get_action_dim(), device, dtype)
     memory = make_memory(Memory, MEM_SIZE, storage, device)
     loss = None

@@ -7,6 +7,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import groupby
 from typing import BinaryIO
 
 import numpy as np
@@ -25,12 +26,12 @@ def chosen(actions: Tensor, outputs: Tensor) -> Tensor:
     return outputs.gather(1, actions[:, None, None].expand(-1, 1, outputs.shape[2])).squeeze(1)
 
 
-def flatten(network: DQN) -> torch.nn.Parameter:
-    """Move the parameters of `network` into one flat parameter, so that what is done to all of them is one operation.
+def flatten(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Parameter:
+    """Move `parameters` of one type into one flat parameter, so that what is done to all of them is one operation.
 
     Those that learn get a gradient of zeros, which is a part of the flat one's, in their shape and memory layout.
     """
-    parameters = list(network.parameters())
+    parameters = list(parameters)
     flat = torch.nn.Parameter(parameters[0].new_empty(sum(parameter.numel() for parameter in parameters)))
     flat.requires_grad_(parameters[0].requires_grad)
     flat.grad = torch.zeros_like(flat) if flat.requires_grad else None
@@ -109,19 +110,24 @@ class Agent:
             self.policy, self.target = (DQN(**self.shape, dtype=exact).to(self.device) for _ in range(2))
             self._rounded = None if dtype == exact else DQN(**self.shape, dtype=dtype).to(self.device)
         self.target.requires_grad_(False)
-        self._weights = flatten(self.policy)
+        self._weights, self._targets = (flatten(network.parameters()) for network in (self.policy, self.target))
+        self._flat = {self.policy: self._weights, self.target: self._targets}
+        rounded = [] if self._rounded is None else self._rounded.parameters()
+        self._parts = [flatten(alike) for _, alike in groupby(rounded, key=lambda parameter: parameter.dtype)]
         self._gradients = [parameter.grad for parameter in self.policy.parameters()]
         self.sync()
         self.average_updates, self.average = average_updates, self.policy
         if average_updates > 1:
             self.average = copy.deepcopy(self.target)
-            self._averages = flatten(self.average)
+            self._averages = self._flat[self.average] = flatten(self.average.parameters())
             self._averaged = torch.zeros((), dtype=exact, device=self.device)  # updates that the average has seen
         self._optimizer = torch.optim.Adam(
             [self._weights],
             lr=learning_rate,
             eps=adam_eps,
-            fused=self.device.type != "mps",
+            # The fused kernel takes 65,536 weights for each of a GPU's processors, and most of them have none.
+            fused=self.device.type == "cpu",
+            foreach=False,
             capturable=self._graphs.in_use,
         )
         # Where the acting graphs look for states, by their number and the network that acts.
@@ -190,7 +196,7 @@ class Agent:
         for done in range(0, updates, most):
             part = min(most, updates - done)
             key = memory, batch_size, part
-            if memory.device.type == "cuda":
+            if self._graphs.in_use and memory.device.type == "cuda":
                 loss = self._graphs(key, partial(self._learn, *key), [memory.generator])
             else:
                 loss = self._learn(*key)
@@ -246,13 +252,15 @@ class Agent:
         if self._rounded is None:
             return network
         with torch.no_grad():
-            copy_all(self._rounded.parameters(), network.parameters())
+            exact = self._flat[network].split([len(part) for part in self._parts])
+            for part, values in zip(self._parts, exact, strict=True):
+                part.copy_(values)
         return self._rounded
 
     def sync(self) -> None:
         """Copy the policy network into the target network."""
         with torch.no_grad():
-            copy_all(self.target.parameters(), self.policy.parameters())
+            self._targets.copy_(self._weights)
 
     def read_statistics(self) -> dict[str, float]:
         """STATISTICS since they were last read: means over the last update of each draw. Waits for the device.

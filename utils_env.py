@@ -3,6 +3,7 @@
 import difflib
 import pathlib
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import BinaryIO
 
 import numpy as np
@@ -14,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 from PIL import Image
 from torch import Tensor
 
+from utils_graph import Graphs
 from utils_types import FRAME_SHAPE, Episode, Transition
 
 TWO_PLAYERS_ONLY = ("combat", "joust", "maze_craze", "warlords")  # the vectoriser ends the process over these
@@ -58,6 +60,9 @@ class AtariEnv:
 
     `send` and `recv` are the halves of `step`: between them the emulators work and the caller is free to do so too.
 
+    With `graphs`, on a GPU, what happens there in a step is a CUDA graph. On a GPU, what `reset` and `step` return is
+    valid until the next of them; on other devices it is not touched again.
+
     The spaces are named as in gymnasium's vector environments, and hold what `reset` and `step` return as states and
     take as actions; what else these return is a row for the memory in place of gymnasium's rewards, ends and infos.
     """
@@ -72,6 +77,7 @@ class AtariEnv:
         frame_skip: int = 4,
         num_threads: int = 0,
         max_frames: int = EPISODE_FRAMES,
+        graphs: bool = True,
     ):
         if num_envs < 1:
             raise ValueError(f"there must be at least 1 game, not {num_envs}")
@@ -97,10 +103,12 @@ class AtariEnv:
         self._fire = self._meanings.index("FIRE") if "FIRE" in self._meanings else None
         self._in_flight = False
         self._lives = 0
-        # What travels to the device for every step, pinned for a GPU, and whether it has travelled.
-        on_gpu = self.device.type == "cuda"
-        self._staging = torch.empty(num_envs, PIXELS + 4 * COLUMNS, dtype=torch.uint8, pin_memory=on_gpu)
-        self._uploaded = torch.cuda.Event() if on_gpu else None
+        self._graphs = Graphs(self.device, graphs)
+        self._states = torch.zeros(num_envs, stack_size, *FRAME_SHAPE, dtype=torch.uint8, device=self.device)
+        if self.device.type == "cuda":  # pinned, so that an upload needs no wait, and to where a graph finds it
+            self._outgoing = torch.empty(num_envs, PIXELS + 4 * COLUMNS, dtype=torch.uint8, pin_memory=True)
+            self._incoming = self._outgoing.to(self.device)
+            self._arrival = torch.cuda.Event()
         self._replay: Iterator[tuple[np.ndarray, float]] = iter(())
         self._evaluations: dict[tuple[int, int], AtariEnv] = {}
         self.finished_games: list[Episode] = []  # as they end, for the caller to read and clear
@@ -130,9 +138,6 @@ class AtariEnv:
         self._totals = np.zeros((2, len(Episode._fields), self.num_envs))  # of the running games and of their lives
         self._terminals = np.zeros(self.num_envs, bool)
         self._actions = np.zeros(self.num_envs, np.int64)
-        self._states = torch.zeros(
-            self.num_envs, self.stack_size, *frames.shape[2:], dtype=torch.uint8, device=self.device
-        )
         return self._row(frames, np.zeros(self.num_envs))
 
     def send(self, actions: np.ndarray) -> None:
@@ -190,22 +195,29 @@ class AtariEnv:
     def _row(self, frames: np.ndarray, rewards: np.ndarray) -> tuple[Tensor, Transition]:
         table = np.stack([self._actions, rewards, self._terminals, self._ages], axis=1).astype(np.float32)
         uploaded = self._upload(frames.reshape(self.num_envs, PIXELS), table.view(np.uint8))
-        frames = uploaded[:, :PIXELS].view(-1, *FRAME_SHAPE)
-        actions, rewards, terminals, ages = uploaded[:, PIXELS:].view(torch.float32).t()
-        row = Transition(frames, actions.long(), rewards, terminals.bool(), ages.long())
-        earlier = self._states[:, 1:] * (row.ages > 0)[:, None, None, None]
-        self._states = torch.cat([earlier, frames[:, None]], dim=1)
-        return self._states, row
+        self._graphs("row", partial(self._unpack, uploaded))
+        return self._states, self._newest
 
     def _upload(self, *parts: np.ndarray) -> Tensor:
         """The uint8 `parts` [N, n], side by side on the device, by one upload for which nothing waits."""
-        if self._uploaded is not None:
-            self._uploaded.synchronize()  # the last one, which is long done
-        np.concatenate(parts, axis=1, out=self._staging.numpy())
-        uploaded = self._staging.to(self.device, non_blocking=True, copy=True)
-        if self._uploaded is not None:
-            self._uploaded.record(torch.cuda.current_stream(self.device))
-        return uploaded
+        if self.device.type != "cuda":
+            return torch.from_numpy(np.concatenate(parts, axis=1)).to(self.device)
+        self._arrival.synchronize()  # of the last one, which is long past
+        np.concatenate(parts, axis=1, out=self._outgoing.numpy())
+        self._incoming.copy_(self._outgoing, non_blocking=True)
+        self._arrival.record(torch.cuda.current_stream(self.device))
+        return self._incoming
+
+    def _unpack(self, uploaded: Tensor) -> Tensor:
+        """Take the newest row out of what was `uploaded`, and move the states on to it."""
+        frames = uploaded[:, :PIXELS].reshape(-1, *FRAME_SHAPE)
+        actions, rewards, terminals, ages = uploaded[:, PIXELS:].view(torch.float32).t()
+        self._newest = Transition(frames, actions.long(), rewards.contiguous(), terminals.bool(), ages.long())
+        earlier = self._states[:, 1:] * (self._newest.ages > 0)[:, None, None, None]  # a new game has no earlier frames
+        states = torch.cat([earlier, frames[:, None]], dim=1)
+        # A graph finds the states where it left them.
+        self._states = self._states.copy_(states) if self._graphs.in_use else states
+        return self._states
 
     def evaluate(
         self,
@@ -255,6 +267,7 @@ class AtariEnv:
                 frame_skip=self.frame_skip,
                 num_threads=self.num_threads,
                 max_frames=max_frames,
+                graphs=self._graphs.in_use,
             )
         return self._evaluations[episodes, max_frames]
 

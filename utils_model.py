@@ -10,12 +10,26 @@ from torch import Tensor
 
 from utils_types import FRAME_SHAPE
 
+BLOCK = 4  # pixels: the first convolution's stride
+
+
+def blocks(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """`images` [B, C, H, W] in `dtype`, each 4 x 4 block as one pixel: [B, 16 C, H / 4, W / 4], channels last.
+
+    A convolution with a stride of 4 is one with a stride of 1 over these, and over its weights made the same way.
+    """
+    split = images.unflatten(3, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).permute(0, 2, 4, 3, 5, 1)
+    return split.to(dtype, memory_format=torch.contiguous_format).flatten(3).permute(0, 3, 1, 2)
+
 
 def pixels(states: Tensor, dtype: torch.dtype) -> Tensor:
     """`states` [B, S, 84, 84] as the convolutions take them: in `dtype` (0..255 are exact in bfloat16), channels last.
 
     What is so already is returned as it is. Left in another layout, a convolution would convert it, and backward again.
+    On a GPU they are in blocks, since for so few channels as S it has only slow kernels.
     """
+    if states.is_cuda:
+        return blocks(states, dtype) if states.shape[2:] == FRAME_SHAPE else states
     return states.to(dtype).contiguous(memory_format=torch.channels_last)
 
 
@@ -24,12 +38,12 @@ def quantile_loss(values: Tensor, targets: Tensor) -> Tensor:
 
     Twice the paper's: with one quantile, whose fraction is 1/2, it is then exactly the smooth-L1 of the TD error.
     """
-    shape = *values.shape, targets.shape[1]  # [B, value, target]
-    values, targets = values[:, :, None].expand(shape), targets[:, None, :].expand(shape)
-    quantiles = shape[1]
+    quantiles = values.shape[1]
     above = torch.linspace(1 / quantiles, 2 - 1 / quantiles, quantiles, dtype=values.dtype, device=values.device)
-    slope = torch.where(targets < values, 2 - above[:, None], above[:, None])  # twice the fractions (2i + 1) / 2q
-    return (slope * F.smooth_l1_loss(values, targets, reduction="none")).mean(2).sum(1)
+    errors = targets[:, None, :] - values[:, :, None]  # [B, value, target]
+    slope = torch.where(errors < 0, 2 - above[:, None], above[:, None])  # twice the fractions (2i + 1) / 2q
+    losses = slope * F.smooth_l1_loss(errors, torch.zeros_like(errors), reduction="none")
+    return losses.sum((1, 2)) / targets.shape[1]
 
 
 class Quantiles:
@@ -37,7 +51,7 @@ class Quantiles:
 
     def means(self, outputs: Tensor) -> Tensor:
         """Q values [...] of `outputs` [..., q]."""
-        return outputs.mean(-1)
+        return outputs.mean(-1) if outputs.shape[-1] > 1 else outputs.squeeze(-1)
 
     def losses(self, outputs: Tensor, returns: Tensor, discounts: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
         """Per-sample losses [B] and TD targets [B] of the Q values.
@@ -46,7 +60,7 @@ class Quantiles:
         `returns` and `discounts` [B] lie between.
         """
         targets = returns[:, None] + discounts[:, None] * following
-        return quantile_loss(outputs, targets), targets.mean(1)
+        return quantile_loss(outputs, targets), self.means(targets)
 
 
 class Atoms(nn.Module):
@@ -107,7 +121,7 @@ class DQN(nn.Module):
         exact = torch.float32 if dtype == torch.bfloat16 else dtype
         self.distribution = Atoms(atoms, v_max).to(exact) if atoms > 1 else Quantiles()
         self.outputs = atoms if atoms > 1 else quantiles  # for each action
-        self.conv1 = nn.Conv2d(stack_size, 32, kernel_size=8, stride=4, bias=False)
+        self.conv1 = nn.Conv2d(stack_size, 32, kernel_size=8, stride=BLOCK, bias=False)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=4, stride=2, bias=False)
         self.conv3 = nn.Conv2d(64, 64, kernel_size=3, stride=1, bias=False)
         side = (((FRAME_SHAPE[0] - 8) // 4 + 1 - 4) // 2 + 1) - 2  # 84 -> 20 -> 9 -> 7
@@ -129,9 +143,10 @@ class DQN(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """Outputs [B, action_dim, outputs], for `distribution` to read, of uint8 `states` [B, S, 84, 84]."""
-        x = pixels(states, self.conv1.weight.dtype)
-        for convolution in (self.conv1, self.conv2, self.conv3):
-            x = F.relu(convolution(x))
+        weights = self.conv1.weight
+        x = pixels(states, weights.dtype)
+        x = F.relu(F.conv2d(x, blocks(weights, weights.dtype)) if x.is_cuda else self.conv1(x))
+        x = F.relu(self.conv3(F.relu(self.conv2(x))))
         x = x.permute(0, 2, 3, 1).flatten(1)  # as it lies in memory, channels last: no copy
         # Without biases the scale of the pixels passes through to here, where there is the least to multiply. A norm
         # takes it away itself; x / 255 would be near its epsilon where a new network sees a nearly black screen.

@@ -205,8 +205,9 @@ def memory_times(device: torch.device, slots: int) -> dict[str, float]:
     return times
 
 
-def rate(call, device: torch.device, window: float = WINDOW) -> float:
-    """Calls per second, over at least `window` seconds after a few to warm up."""
+def rate(call, device: torch.device, window: float | None = None) -> float:
+    """Calls per second, over at least `window` seconds, by default WINDOW, after a few to warm up."""
+    window = WINDOW if window is None else window
     for _ in range(5):
         call()
     wait(device)

@@ -306,8 +306,9 @@ def test_neither_learning_nor_storing_waits_for_the_gpu(kind, graphs):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_states_and_rows_arrive_whole_on_the_gpu_however_busy_it_is():
-    here, there = AtariEnv("breakout", 4), AtariEnv("breakout", 4, CUDA)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_states_and_rows_arrive_whole_on_the_gpu_however_busy_it_is(graphs):
+    here, there = AtariEnv("breakout", 4), AtariEnv("breakout", 4, CUDA, graphs=graphs)
     agent, mine, its = Agent(4), [], []
     states, row = here.reset(3)
     its_states, its_row = there.reset(3)
