@@ -57,7 +57,7 @@ ATOMS: int = 1  # above 1, best odd, so many possible returns per action and the
 V_MAX: float = 10.0  # with ATOMS: the largest of those returns, and minus that the least; rewards are clipped to 1
 
 # Measuring
-EVALUATE_FREQ: int = 100_000  # steps between evaluations
+EVALUATE_FREQ: int = 250_000  # steps between evaluations; each takes seconds, and a GPU makes 8,000 steps in one
 EVAL_EPISODES: int = 10  # games per evaluation
 EVAL_EPS: float = 0.05  # probability of a random action in them; at 0 a greedy Breakout agent may wait for ever
 RENDER: bool = False  # write one evaluation game as pictures and an animation, eval_000/ and eval_000.gif
@@ -95,7 +95,7 @@ def train(
     storage: torch.device,
 ) -> None:
     """Train an agent of `dtype` on `device` with a memory in `storage`, from where `run` stands to MAX_STEPS."""
-    env = AtariEnv(GAME, NUM_ENVS, device, stack_size=STACK_SIZE, frame_skip=FRAME_SKIP, graphs=CUDA_GRAPHS)
+    env = make_env(device)
     agent = make_agent(env.get_action_dim(), device, dtype)
     memory = make_memory(Memory, MEM_SIZE, storage, device)
     loss = None
@@ -146,6 +146,19 @@ def train(
                 with log.pause(step, "writing a checkpoint"):
                     run.save(step, loss)
                 states, row = restart(step)
+
+
+def make_env(device: torch.device) -> AtariEnv:
+    """The games of the constants, for an agent on `device`."""
+    return AtariEnv(
+        GAME,
+        NUM_ENVS,
+        device,
+        stack_size=STACK_SIZE,
+        frame_skip=FRAME_SKIP,
+        num_threads=utils_machine.choose_emulator_threads(device),
+        graphs=CUDA_GRAPHS,
+    )
 
 
 def make_agent(action_dim: int, device: torch.device, dtype: torch.dtype) -> Agent:

@@ -88,7 +88,7 @@ class AtariEnv:
         self._emulators = AtariVectorEnv(
             self.game,
             num_envs,
-            num_threads=num_threads,
+            num_threads=min(num_threads, num_envs),
             max_num_frames_per_episode=max_frames,
             frameskip=frame_skip,
             stack_num=1,  # stacks are built where the agent is, from frames that travel once

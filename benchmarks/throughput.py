@@ -33,7 +33,6 @@ import main
 import utils_config
 import utils_machine
 from utils_drl import Agent, write_whole
-from utils_env import AtariEnv
 from utils_log import Log
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition
@@ -91,7 +90,7 @@ def bench() -> None:
 
 def emulators(device: torch.device) -> float:
     """Steps per second of random play, frames delivered to the device, nothing learned."""
-    env = AtariEnv(main.GAME, main.NUM_ENVS, device, stack_size=main.STACK_SIZE, frame_skip=main.FRAME_SKIP)
+    env = main.make_env(device)
     env.reset(seed=0)
     rng = np.random.default_rng(0)
     return main.NUM_ENVS * rate(lambda: env.step(rng.integers(env.get_action_dim(), size=main.NUM_ENVS)), device)

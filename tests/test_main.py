@@ -527,6 +527,12 @@ def test_a_memory_that_does_not_fit_names_needed_and_free_and_what_would_fit(mon
         utils_machine.choose_storage(cpu, memory, 100_000, 32)
 
 
+@pytest.mark.parametrize(("device", "cores", "threads"), [("cuda", 16, 15), ("cuda", 4, 0), ("cpu", 16, 0)])
+def test_many_cores_leave_one_to_the_thread_that_feeds_a_gpu(monkeypatch, device, cores, threads):
+    monkeypatch.setattr(utils_machine, "count_cores", lambda: cores)
+    assert utils_machine.choose_emulator_threads(torch.device(device)) == threads
+
+
 def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
     run = tiny_run(MAX_STEPS=8)
     (run.directory / "run.json").unlink()

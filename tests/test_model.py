@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils_model import DQN
+from utils_model import DQN, blocks
 
 SHAPES = {
     "conv1.weight": (32, 4, 8, 8),
@@ -215,6 +215,24 @@ def test_white_pixels_count_as_one_and_black_ones_as_zero(dtype):
     assert (expected[0] - expected[1]).abs().max() > 0.1
     error = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 0.05}[dtype]
     torch.testing.assert_close(model(states).double(), expected, rtol=0, atol=error)
+
+
+def test_over_blocks_the_first_convolution_has_a_stride_of_one_and_the_same_outputs_and_gradients():
+    states, weights = make_states(3).double(), fill(DQN(6).double()).conv1.weight
+    strided, plain = (
+        F.conv2d(states, weights, stride=4),
+        F.conv2d(blocks(states, torch.float64), blocks(weights, torch.float64)),
+    )
+    assert torch.allclose(strided, plain, rtol=1e-12, atol=1e-9)
+    gradients = (torch.autograd.grad((outputs**2).sum(), weights)[0] for outputs in (strided, plain))
+    assert torch.allclose(*gradients, rtol=1e-12, atol=1e-6)
+
+
+def test_blocks_have_the_type_asked_for_and_their_channels_last():
+    made = blocks(make_states(2), torch.bfloat16)
+    assert made.shape == (2, 64, 21, 21)
+    assert made.dtype == torch.bfloat16
+    assert made.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("quantiles", [1, 5])
