@@ -18,7 +18,7 @@ from utils_graph import Graphs
 from utils_model import DQN, pixels
 from utils_types import Batch
 
-warnings.filterwarnings("ignore", ".*capturable=True")  # Adam's, as long as it is not recorded: fused it costs nothing
+warnings.filterwarnings("ignore", ".*capturable=True")  # Adam's, as long as it is not recorded
 
 
 def chosen(actions: Tensor, outputs: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def flatten(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Parameter:
 
 
 def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
-    """Copy each source into its target. On a GPU one call is one kernel only if its types are all the same."""
+    """Copy each source into its target. On a GPU one call is one kernel only where types and layouts are the same."""
     alike: dict[tuple[torch.dtype, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         alike.setdefault((target.dtype, source.dtype), []).append((target, source))
@@ -140,7 +140,7 @@ class Agent:
         self._sums, self._summed = torch.zeros(len(STATISTICS), dtype=exact, device=self.device), 0
 
     def _count_updates_exactly(self) -> None:
-        """Let Adam count its updates in float64: float32 has 1 - 0.999 wrong by 3e-5, and with it the first updates."""
+        """Let Adam count its updates in float64: 1 - 0.999 in float32 is wrong by 1e-5, as are the first updates."""
         state = self._optimizer.state[self._weights]
         for name in ("exp_avg", "exp_avg_sq"):
             state.setdefault(name, torch.zeros_like(self._weights, requires_grad=False))

@@ -194,24 +194,25 @@ class AtariEnv:
 
     def _row(self, frames: np.ndarray, rewards: np.ndarray) -> tuple[Tensor, Transition]:
         table = np.stack([self._actions, rewards, self._terminals, self._ages], axis=1).astype(np.float32)
-        uploaded = self._upload(frames.reshape(self.num_envs, PIXELS), table.view(np.uint8))
-        self._graphs("row", partial(self._unpack, uploaded))
+        uploaded = self._upload(frames.reshape(self.num_envs, PIXELS), table)
+        self._graphs("row", partial(self._unpack, *uploaded))
         return self._states, self._newest
 
-    def _upload(self, *parts: np.ndarray) -> Tensor:
-        """The uint8 `parts` [N, n], side by side on the device, by one upload for which nothing waits."""
+    def _upload(self, frames: np.ndarray, table: np.ndarray) -> tuple[Tensor, Tensor]:
+        """`frames` [N, H * W] and the float32 `table` [N, n] on the device: to a GPU by one upload, without a wait."""
         if self.device.type != "cuda":
-            return torch.from_numpy(np.concatenate(parts, axis=1)).to(self.device)
-        self._arrival.synchronize()  # of the last one, which is long past
-        np.concatenate(parts, axis=1, out=self._outgoing.numpy())
+            return torch.from_numpy(frames).to(self.device), torch.from_numpy(table).to(self.device)
+        # The last upload is over, since its states have been acted on, unless all actions were random.
+        self._arrival.synchronize()
+        np.concatenate([frames, table.view(np.uint8)], axis=1, out=self._outgoing.numpy())
         self._incoming.copy_(self._outgoing, non_blocking=True)
         self._arrival.record(torch.cuda.current_stream(self.device))
-        return self._incoming
+        return self._incoming[:, :PIXELS], self._incoming[:, PIXELS:].view(torch.float32)
 
-    def _unpack(self, uploaded: Tensor) -> Tensor:
-        """Take the newest row out of what was `uploaded`, and move the states on to it."""
-        frames = uploaded[:, :PIXELS].reshape(-1, *FRAME_SHAPE)
-        actions, rewards, terminals, ages = uploaded[:, PIXELS:].view(torch.float32).t()
+    def _unpack(self, frames: Tensor, table: Tensor) -> Tensor:
+        """Make the newest row of what was uploaded, and move the states on to it."""
+        frames = frames.view(-1, *FRAME_SHAPE)
+        actions, rewards, terminals, ages = table.t()
         self._newest = Transition(frames, actions.long(), rewards.contiguous(), terminals.bool(), ages.long())
         earlier = self._states[:, 1:] * (self._newest.ages > 0)[:, None, None, None]  # a new game has no earlier frames
         states = torch.cat([earlier, frames[:, None]], dim=1)

@@ -64,7 +64,7 @@ class CudaGraph:
 
 
 class Graphs:
-    """Functions as CUDA graphs, each known by its key. Where recording fails it says so once, and all go on without.
+    """Functions as CUDA graphs, each known by its key. Where recording one fails it says so, and all go on without.
 
     They are `in_use` if they are wanted and `device` is a GPU; else a function is simply called.
     """

@@ -17,7 +17,7 @@ from utils_config import DTYPES, ConfigError, command_line, count
 from utils_memory import ReplayMemory
 
 DEVICES = ("cuda", "mps", "cpu")
-MANY_CORES = 8
+MANY_CORES = 8  # of which the emulators can spare one
 HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py")  # that decide what a run does
 CONTROL_GROUPS = [  # version 2 and 1: limit, usage, statistics, and the part of the usage that is reclaimable cache
@@ -60,7 +60,9 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
     """Set up the process for training on `device` with `threads` threads, and return the arithmetic `precision`."""
     keep_freed_memory()
-    if threads or device.type == "cuda":  # what a GPU leaves to the CPU is little, and idle threads of torch keep the
+    if (
+        threads or device.type == "cuda"
+    ):  # beside a GPU torch has little to do on the CPU, and its idle threads keep the
         torch.set_num_threads(threads or 1)  # cores of the emulators busy: with 16 of them a run took twice as long
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are made on the current one, and it is asked for bfloat16

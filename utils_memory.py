@@ -123,7 +123,7 @@ class ReplayMemory:
                 )
         if self._graphs.in_use:
             if self._incoming is None:
-                self._incoming = Transition(*map(torch.empty_like, row))
+                self._incoming = Transition(*(torch.empty_like(value, device=self.device) for value in row))
             for fixed, value in zip(self._incoming, row, strict=True):
                 fixed.copy_(value)
             row = self._incoming

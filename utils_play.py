@@ -45,7 +45,7 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
     try:
         agent, about = Agent.from_model(path, device, dtype=dtype, graphs=False)
         frames = {"stack_size": agent.shape["stack_size"], "frame_skip": about["frame_skip"]}
-        env = AtariEnv(about["game"], 1, device, **frames)
+        env = AtariEnv(about["game"], 1, device, graphs=False, **frames)
         if env.get_action_dim() != agent.action_dim:
             raise ValueError(f"{path} knows {agent.action_dim} actions, {env.game} has {env.get_action_dim()}")
         title = f"{Path(path).name}, {about['step']:,} steps of training"

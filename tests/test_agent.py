@@ -1,5 +1,7 @@
 """The agent: its learning step against a second one written from the equations, its actions, its files."""
 
+import copy
+import copy
 import functools
 import math
 import pickle
@@ -1014,6 +1016,19 @@ def test_an_agent_goes_on_with_the_average_that_it_had():
     for each in (agent, twin):
         teach(each, [2, 1], seed=7)
     assert same(snapshot(agent.average), snapshot(twin.average))
+    assert same(snapshot(agent.policy), snapshot(twin.policy))
+
+
+def test_an_agent_goes_on_with_what_a_gpu_saved():
+    """There Adam counts in float64, and a checkpoint is loaded into RAM before an agent takes it over."""
+    agent, twin = (Agent(ACTIONS, learning_rate=1e-3, seed=seed) for seed in (1, 2))
+    teach(agent, [8, 3])
+    state = copy.deepcopy(agent.state_dict())
+    count = state["optimizer"]["state"][0]
+    count["step"] = count["step"].double()
+    twin.load_state_dict(state)
+    for each in (agent, twin):
+        teach(each, [2, 1], seed=7)
     assert same(snapshot(agent.policy), snapshot(twin.policy))
 
 

@@ -3,7 +3,7 @@
 A GPU is worth its price only if the host never waits for it. On the meta device it is an error to read a number or to
 make a shape that depends on numbers, and so is here an operation on tensors of two devices, which on a GPU is an error
 or a wait, and while storing and learning an upload, which would wait too (of `torch.tensor` no mode is told). This is
-what can be shown of the CUDA path without a GPU; acting, graphs and the fused optimizer are for test_gpu.py.
+what can be shown of the CUDA path without a GPU; acting, graphs and the optimizer are for test_gpu.py.
 """
 
 import numpy as np

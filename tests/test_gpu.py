@@ -312,15 +312,23 @@ def test_states_and_rows_arrive_whole_on_the_gpu_however_busy_it_is(graphs):
     agent, mine, its = Agent(4), [], []
     states, row = here.reset(3)
     its_states, its_row = there.reset(3)
+    memories = [PrioritizedReplayMemory(1_000, 4, device=device, graphs=graphs) for device in ("cpu", CUDA)]
     for step in range(200):
         mine += [value.clone() for value in (states, *row)]
         its += [value.clone() for value in (its_states, *its_row)]
+        memories[0].push(row)
+        memories[1].push(its_row)
+        if step == 100:  # in the middle of games, when a graph has been recorded
+            (states, row), (its_states, its_row) = here.reset(4), there.reset(4)
+            continue
         if step % 50 == 0:
             torch.cuda._sleep(1 << 30)  # half a second in which uploads wait for their turn
         actions = agent.run(states)
         (states, row), (its_states, its_row) = here.step(actions), there.step(actions)
     for one, other in zip(mine, its, strict=True):
         assert torch.equal(one, other.cpu())
+    for one, other in zip(*(memory.gather(memory.sampleable()) for memory in memories), strict=True):
+        assert torch.allclose(one, other.cpu())
 
 
 @pytest.mark.parametrize(
