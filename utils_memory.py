@@ -15,8 +15,6 @@ sample, gather and update_priorities do not wait for it; a memory in RAM beside 
 and for the TD errors.
 """
 
-from functools import partial
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -30,6 +28,11 @@ BESIDE = 7  # bytes of a slot beside its frame: age 1, action 1, reward 4, termi
 RING = ("frames", "ages", "actions", "rewards", "terminals")  # what is stored for every slot
 PART = 1 << 13  # slots that are saved at once, 58 MB of frames
 TRIES = 4  # candidates per uniform draw; all four miss less than once in 10^8 draws, unless games last a few steps
+
+
+def words(values: Tensor) -> Tensor:
+    """Rows of bytes as rows of 8-byte numbers, if they divide: to copy by index goes number by number."""
+    return values.view(torch.int64) if values.dim() == 2 and values.shape[1] % 8 == 0 else values
 
 
 class ReplayMemory:
@@ -85,7 +88,8 @@ class ReplayMemory:
         self._pushed = 0  # rows
         self._count = torch.zeros((), dtype=torch.int64, device=self.device)  # the same, read by the device
         self._graphs = Graphs(self.device, graphs)
-        self._incoming: Transition | None = None  # where the graph looks for a row
+        # Where a row lies before it is stored: always in one place, for a graph to find.
+        self._incoming = {name: torch.zeros_like(getattr(self, f"_{name}")[:num_envs]) for name in RING}
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._row = torch.arange(num_envs, device=self.device)
         self._ahead = torch.arange(n_step, device=self.device) * num_envs
@@ -95,7 +99,7 @@ class ReplayMemory:
     @staticmethod
     def needed_bytes(capacity: int, num_envs: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
         """Bytes a uniform memory of these sizes allocates."""
-        slots = -(-capacity // num_envs) * num_envs
+        slots = (-(-capacity // num_envs) + 1) * num_envs  # with the row that comes in
         return (slots + 1) * frame_shape[0] * frame_shape[1] + slots * BESIDE
 
     @staticmethod
@@ -121,24 +125,18 @@ class ReplayMemory:
                 raise ValueError(
                     f"{name} of a row must be {dtype} [{self.num_envs}], not {value.dtype} {list(value.shape)}"
                 )
-        if self._graphs.in_use:
-            if self._incoming is None:
-                self._incoming = Transition(*(torch.empty_like(value, device=self.device) for value in row))
-            for fixed, value in zip(self._incoming, row, strict=True):
-                fixed.copy_(value)
-            row = self._incoming
-        self._graphs("push", partial(self._store, row))
+        for name, incoming in self._incoming.items():
+            incoming.copy_(getattr(row, name).reshape(incoming.shape))
+        self._graphs("push", self._store)
         self._pushed += 1
 
-    def _store(self, row: Transition) -> Tensor:
-        """Write `row` at the head of the ring, which the device finds by its own count; that count afterwards."""
+    def _store(self) -> Tensor:
+        """Write the row at the head of the ring, which the device finds by its own count; that count afterwards."""
         here = (self._count * self.num_envs + self._row) % self.capacity
         before = (here - self.num_envs) % self.capacity
-        self._frames.index_copy_(0, here, row.frames.to(self.device).reshape(self.num_envs, -1))
-        self._ages.index_copy_(0, here, row.ages.to(self._ages))
-        self._actions.index_copy_(0, before, row.actions.to(self._actions))
-        self._rewards.index_copy_(0, before, row.rewards.to(self._rewards))
-        self._terminals.index_copy_(0, before, row.terminals.to(self._terminals))
+        for name, incoming in self._incoming.items():
+            slots = here if name in ("frames", "ages") else before
+            words(getattr(self, f"_{name}")).index_copy_(0, slots, words(incoming))
         self._count += 1
         return self._count
 
@@ -290,9 +288,9 @@ class PrioritizedReplayMemory(ReplayMemory):
         leaves = 8 * -(-capacity // num_envs) * num_envs
         return ReplayMemory.saved_bytes(capacity, num_envs, steps, frame_shape) + leaves
 
-    def _store(self, row: Transition) -> Tensor:
+    def _store(self) -> Tensor:
         """Write the row: another one's n-step window becomes whole and it gets priorities, a third loses its stack."""
-        count = super()._store(row)
+        count = super()._store()
         # Before the ring is full, or the window complete, these are rows not yet written: no transition, priority 0.
         changed = count * self.num_envs + self._changed
         self._tree.update(changed % self.capacity, self._is_transition(changed) * self._new_priorities)

@@ -1,7 +1,6 @@
 """The agent: its learning step against a second one written from the equations, its actions, its files."""
 
 import copy
-import copy
 import functools
 import math
 import pickle
