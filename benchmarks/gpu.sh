@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 root=$PWD status=0
 mkdir "$out/breakout" || exit  # a finished run would not run again
 
-python -m pytest -o addopts= -m gpu -q -n 4 tests/test_gpu.py 2>&1 | tee "$out/tests.txt" || status=$?
+python -m pytest -o addopts= -m gpu -v --tb=short -n 4 tests/test_gpu.py 2>&1 | tee "$out/tests.txt" || status=$?
 
 peers=$(python -c 'import stable_baselines3' 2>/dev/null && echo --peers)
 for recipe in shipped classic-uniform; do
