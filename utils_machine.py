@@ -107,7 +107,10 @@ def make_fit(mem_size: float) -> str:
 
 
 def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> str:
-    """A sentence on the disk space that checkpoints take. Raises ConfigError if it is not there."""
+    """A sentence on the disk space that checkpoints in `directory`, which need not exist, take.
+
+    Raises ConfigError if it is not there.
+    """
     sizes = {"capacity": constants["MEM_SIZE"], "num_envs": constants["NUM_ENVS"]}
     memory_bytes = memory.saved_bytes(**sizes, steps=constants["MAX_STEPS"])
     head = (18 + 1) * (512 + 1) * max(constants["QUANTILES"], constants["ATOMS"])  # of all actions, and dueling
@@ -116,7 +119,8 @@ def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> 
     size = memory_bytes + networks_bytes
     most = 3  # two, and one being written
     there = (*directory.glob("checkpoint_" + 10 * "[0-9]"), *directory.glob("checkpoint_*.tmp"))  # they make way
-    free = shutil.disk_usage(directory).free + sum(old.stat().st_size for old in there)
+    disk = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    free = shutil.disk_usage(disk).free + sum(old.stat().st_size for old in there)
     needed = f"up to {size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
     sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:

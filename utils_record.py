@@ -41,7 +41,7 @@ class Record:
     @property
     def models(self) -> Path:
         """The directory of the models and checkpoints."""
-        return _expand(self.constants["SAVE_PREFIX"])
+        return expand(self.constants["SAVE_PREFIX"])
 
     @property
     def owns_models(self) -> bool:
@@ -111,13 +111,13 @@ def _same(name: str, before: dict, now: dict) -> bool:
     if before[name] == now[name]:
         return True
     if name == "SAVE_PREFIX":
-        return os.path.realpath(_expand(before[name])) == os.path.realpath(_expand(now[name]))
+        return os.path.realpath(expand(before[name])) == os.path.realpath(expand(now[name]))
     with contextlib.suppress(ValueError):  # a game that is not shipped any more is another one
         return name == "GAME" and normalize_game(before[name]) == normalize_game(now[name])
     return False
 
 
-def _expand(place: str) -> Path:
+def expand(place: str) -> Path:
     """The directory `place`; ~ is the home directory."""
     return Path(os.path.expanduser(place))
 

@@ -25,7 +25,7 @@ from utils_config import ConfigError, Stopped, command_line, constants, out_of_m
 from utils_drl import write_whole
 from utils_machine import check_disk, describe_start
 from utils_memory import ReplayMemory
-from utils_record import ELSEWHERE, REWARDS, Record, changed, claim, remove
+from utils_record import ELSEWHERE, REWARDS, Record, changed, claim, expand, remove
 from utils_types import Evaluation, best_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the terminal goes, unless under nohup
@@ -41,8 +41,8 @@ def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> 
     values = {name: module[name] for name in constants(module)}
     with contextlib.ExitStack() as stack:
         try:
+            space = check_disk(values, expand(values["SAVE_PREFIX"]), memory)  # first: to claim may remove a run
             record = claim(values, stack)
-            space = check_disk(values, record.models, memory)
         except OSError as error:
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {values['SAVE_PREFIX']})"
             raise ConfigError(told) from None

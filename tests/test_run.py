@@ -791,6 +791,23 @@ def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_pat
             raise Killed  # 0.6 GB three times are there, and of a large memory a short run fills no more
 
 
+@pytest.mark.parametrize("place", ["disk", "RAM"])
+def test_without_room_for_its_successor_a_run_that_has_learned_nothing_is_kept(monkeypatch, run_main, tmp_path, place):
+    with monkeypatch.context() as patch:
+        at_call(patch, main.ReplayMemory, "push", 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        assert run_main(tmp_path)[0] == 130
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if place == "disk":
+        monkeypatch.setattr(utils_machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 9e9, 1e6))
+    else:
+        monkeypatch.setattr(utils_machine, "free_bytes", lambda _: 0)
+    status, told = run_main(tmp_path, LEARNING_RATE=2e-3)
+    assert status == 2
+    assert "free some, or" in told
+    assert "takes its place" not in told
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 @pytest.fixture
 def begun(monkeypatch, tmp_path):
     """A run in the current directory that was evaluated at step 0 and killed."""
