@@ -80,8 +80,8 @@ def main() -> None:
         utils_play.play(PLAY, device, dtype, EVAL_EPS, SEED)
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
-    storage, sentence = utils_machine.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
     with utils_run.open_run(globals(), device, Memory) as run:
+        storage, sentence = utils_machine.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
         print(utils_log.introduction(globals(), device, sentence, run.space), file=sys.stderr)
         train(run, device, dtype, Memory, storage)
     print(utils_log.conclusion(run), file=sys.stderr)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from utils_config import ConfigError, Stopped, command_line, constants, out_of_memory
 from utils_drl import write_whole
-from utils_machine import check_disk, describe_start
+from utils_machine import check_disk, choose_storage, describe_start
 from utils_memory import ReplayMemory
 from utils_record import ELSEWHERE, REWARDS, Record, changed, claim, expand, remove
 from utils_types import Evaluation, best_of
@@ -39,10 +39,16 @@ def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> 
     or stops inside for a reason that a sentence can tell.
     """
     values = {name: module[name] for name in constants(module)}
+
+    def room() -> None:
+        """Raise ConfigError where there is none, in memory or on the disk."""
+        choose_storage(device, memory, values["MEM_SIZE"], values["NUM_ENVS"])
+        check_disk(values, expand(values["SAVE_PREFIX"]), memory)
+
     with contextlib.ExitStack() as stack:
         try:
-            space = check_disk(values, expand(values["SAVE_PREFIX"]), memory)  # first: to claim may remove a run
-            record = claim(values, stack)
+            record = claim(values, stack, room)
+            space = check_disk(values, record.models, memory)
         except OSError as error:
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {values['SAVE_PREFIX']})"
             raise ConfigError(told) from None
