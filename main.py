@@ -107,7 +107,8 @@ def train(
         number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))
         log.settle(step)
         with log.pause(step, "evaluating the network"):
-            with run.evaluation(step, loss):
+            run.check(step, loss, weights=True)
+            with run.interruptible(step):
                 scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
                 if RENDER:
                     env.save_recording(f"eval_{number:03d}")
@@ -118,7 +119,7 @@ def train(
 
     def restart(step: int) -> tuple[torch.Tensor, Transition]:
         """Start the games and all random numbers anew, from SEED and `step` alone; the games' states and first row."""
-        with log.pause(step, "starting the games"):
+        with log.pause(step, "starting the games"), run.interruptible(step):
             agent.reseed([SEED, step, 2])
             memory.reseed([SEED, step, 3])
             return env.reset(seed=[SEED, step, 0])

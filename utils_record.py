@@ -101,8 +101,8 @@ def claim(values: dict, stack: contextlib.ExitStack, room: Callable[[], None]) -
 def changed(before: dict, now: dict) -> str:
     """The constants of a run that are not what they were, in words, or nothing."""
     names = [name for name in before | now if name not in FREE and not _same(name, before, now)]
-    was = {name: f"{name}={before[name]}" if name in before else f"no {name} (an earlier version's)" for name in names}
-    return ", and ".join(f"{was[name]}, not {now.get(name)}" for name in names)
+    was = {name: f"{name}={before[name]}" if name in before else f"no {name}" for name in names}
+    return ", and ".join(f"{was[name]}, not {now.get(name, 'without it')}" for name in names)
 
 
 def _same(name: str, before: dict, now: dict) -> bool:

@@ -127,9 +127,8 @@ class Run:
         return bool(self.evaluations) and self.evaluations[-1].step == step
 
     @contextlib.contextmanager
-    def evaluation(self, step: int, loss: Tensor | None) -> Iterator[None]:
-        """A part of the run, after `step`, that changes nothing in training: a signal ends it early."""
-        self.check(step, loss, weights=True)
+    def interruptible(self, step: int) -> Iterator[None]:
+        """A part of the run, after `step`, that changes nothing of what a checkpoint holds: a signal ends it early."""
         self._step = step
         try:
             self._abort = True

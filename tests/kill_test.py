@@ -42,7 +42,7 @@ SMALL = {
     "THREADS": 1,
     "CHECKPOINT_FREQ": 800,
 }
-IN_TIME = 5.0  # seconds from the signal to the end, beside the time to write
+IN_TIME = 30.0  # seconds from the signal to the end; 1 to 2 on an idle machine, but others may want it too
 
 
 def start(directory: Path, constants: dict, **options) -> subprocess.Popen:
