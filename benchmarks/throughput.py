@@ -39,7 +39,8 @@ from utils_types import Transition
 
 WINDOW = 6.0  # seconds of each measurement
 SLOTS = (100_000, 1_000_000)  # of the memories measured alone
-LENGTH = 1_000_000  # steps of a run of which the loop is measured
+LENGTH = 1_000_000  # steps of a run of which the loop is measured ...
+WARM = 4_000  # ... after so many
 
 
 def bench() -> None:
@@ -111,10 +112,9 @@ def learner(device: torch.device, kind: type[ReplayMemory]) -> float:
 
 def loop(prioritized: bool, **others) -> float:
     """Steps per second of main.main() while it trains, between its evaluations, with `others` of its constants."""
-    warm = 4_000
     constants = {
         "PRIORITIZED": prioritized,
-        "WARM_STEPS": warm,
+        "WARM_STEPS": WARM,
         "MAX_STEPS": LENGTH,
         "EVALUATE_FREQ": LENGTH,
         "EVAL_EPISODES": 1,

@@ -48,8 +48,9 @@ def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants
 ):
     throughput = benchmark("throughput")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(throughput, "WINDOW", 0.2)
-    small = {"BATCH_SIZE": 4, "POLICY_UPDATE": 32, "MEM_SIZE": 10_000, "DEVICE": "cpu", "THREADS": 1}
+    for name, value in {"WINDOW": 0.2, "WARM": 500}.items():
+        monkeypatch.setattr(throughput, name, value)
+    small = {"NUM_ENVS": 8, "BATCH_SIZE": 4, "POLICY_UPDATE": 8, "MEM_SIZE": 10_000, "DEVICE": "cpu", "THREADS": 1}
     for name, value in small.items():
         monkeypatch.setattr(main, name, value)
     before = dict(vars(main))
@@ -61,7 +62,7 @@ def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants
 def throughput(benchmark, monkeypatch, tmp_path):
     """A function that runs the throughput benchmark with a command line, on little of everything, under tmp_path."""
     module = benchmark("throughput")
-    for name, value in {"WINDOW": 0.05, "SLOTS": (1_000, 2_000)}.items():
+    for name, value in {"WINDOW": 0.05, "WARM": 500, "SLOTS": (1_000, 2_000)}.items():
         monkeypatch.setattr(module, name, value)
     for name in utils_config.constants(vars(main)):
         monkeypatch.setattr(main, name, getattr(main, name))  # undone after the test
@@ -71,7 +72,8 @@ def throughput(benchmark, monkeypatch, tmp_path):
         small = [
             "--MEM_SIZE=10_000",
             "--WARM_STEPS=1_000",
-            "--POLICY_UPDATE=32",
+            "--NUM_ENVS=8",
+            "--POLICY_UPDATE=8",
             "--BATCH_SIZE=4",
             "--DEVICE=cpu",
             "--THREADS=1",
@@ -93,7 +95,7 @@ def test_the_throughput_benchmark_prints_its_table_and_writes_every_figure(throu
     loops = [figures[part]["steps_per_s"] for part in ("loop_prioritized", "loop_uniform")]
     assert figures["ratios"]["prioritized / uniform, loop"] == pytest.approx(loops[0] / loops[1])
     assert list(figures["memory_microseconds"]) == ["1000", "2000"]
-    assert figures["constants"]["POLICY_UPDATE"] == 32
+    assert figures["constants"]["POLICY_UPDATE"] == 8
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 

@@ -609,5 +609,5 @@ def test_a_model_loads_into_an_agent_and_names_its_game_and_score(tiny_run):
 @pytest.mark.parametrize("game", ["pong", "breakout", "seaquest", "montezuma_revenge"])
 @pytest.mark.filterwarnings("error")
 def test_any_game_trains_without_a_warning(tiny_run, game):
-    run = tiny_run(GAME=game, MAX_STEPS=5_000, WARM_STEPS=1_000, MEM_SIZE=4_000, EVALUATE_FREQ=5_000)
+    run = tiny_run(GAME=game, MAX_STEPS=2_000, WARM_STEPS=1_000, MEM_SIZE=1_600, EVALUATE_FREQ=2_000)
     assert len(run.lines) == 2

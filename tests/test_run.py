@@ -81,15 +81,14 @@ def kill() -> None:
 # Whole runs
 
 
-@pytest.mark.parametrize("prioritized", [False, True])
-def test_a_killed_run_ends_as_if_it_had_been_left_alone(monkeypatch, run_main, tmp_path, prioritized):
-    assert run_main(tmp_path / "alone", PRIORITIZED=prioritized)[0] == 0
+def test_a_killed_run_ends_as_if_it_had_been_left_alone(monkeypatch, run_main, tmp_path):
+    assert run_main(tmp_path / "alone")[0] == 0
     for row in (3, 60, 30):  # before the first checkpoint; at step 232 and 316 of runs that began at 0 and 200
         with monkeypatch.context() as patch:
             at_call(patch, main.ReplayMemory, "push", row, kill)
             with pytest.raises(Killed):
-                run_main(tmp_path / "killed", PRIORITIZED=prioritized)
-    status, told = run_main(tmp_path / "killed", PRIORITIZED=prioritized)
+                run_main(tmp_path / "killed")
+    status, told = run_main(tmp_path / "killed")
     assert status == 0
     assert "going on at step 300 from models/checkpoint_0000000300" in told
     assert kill_test.results(tmp_path / "killed") == kill_test.results(tmp_path / "alone")
@@ -108,7 +107,7 @@ def test_pictures_after_the_checkpoint_are_written_again(monkeypatch, run_main, 
 
 
 def test_a_real_run_survives_sigkill(tmp_path):
-    constants = {**kill_test.SMALL, "MAX_STEPS": 2_400, "EVAL_EPISODES": 1, "PRIORITIZED": True}
+    constants = {**kill_test.SMALL, "MAX_STEPS": 2_400, "EVAL_EPISODES": 1}  # which replays uniformly
     assert kill_test.kill_runs(tmp_path, 2, constants)["files"] == 6
 
 
@@ -218,7 +217,7 @@ def test_a_signal_before_the_first_step_leaves_no_checkpoint(monkeypatch, run_ma
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(main.Agent, "__init__"), (main.Agent, "load_state_dict"), (main.ReplayMemory, "load_state_dict")],
+    [(main.Agent, "__init__"), (main.ReplayMemory, "load_state_dict")],
 )
 def test_a_signal_while_a_run_is_taken_up_again_ends_it_at_once(monkeypatch, run_main, tmp_path, owner, name):
     alone, stopped = tmp_path / "alone", tmp_path / "stopped"
@@ -336,11 +335,11 @@ def test_a_terminal_that_goes_without_a_word_ends_the_run_in_order(tmp_path):
 
 def test_under_nohup_a_run_goes_on_when_nobody_reads_any_more(tmp_path):
     ignore = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_IGN)
-    process = kill_test.start(tmp_path, {**kill_test.SMALL, "MAX_STEPS": 4_000}, preexec_fn=ignore)
-    assert kill_test.wait_for(process, lambda: (tmp_path / "models" / "model_001").exists())
+    process = kill_test.start(tmp_path, {**kill_test.SMALL, "MAX_STEPS": 2_000}, preexec_fn=ignore)
+    assert kill_test.wait_for(process, lambda: (tmp_path / "models" / "model_000").exists())
     process.stderr.close()
     assert process.wait(60) == 0
-    assert (tmp_path / "models" / "model_004").exists()
+    assert (tmp_path / "models" / "model_002").exists()
 
 
 def test_ctrl_c_keeps_its_status_where_the_reader_of_the_pipe_went_first(tmp_path):
