@@ -115,7 +115,7 @@ def train(
             about = {"game": env.game, "frame_skip": FRAME_SKIP, "step": step, "score": float(scores.mean())}
             agent.save(run.models / f"model_{number:03d}", **about)
             run.report(number, step, scores)
-            log.evaluated()
+            log.tell_evaluation()
 
     def restart(step: int) -> tuple[torch.Tensor, Transition]:
         """Start the games and all random numbers anew, from SEED and `step` alone; the games' states and first row."""

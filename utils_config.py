@@ -18,6 +18,7 @@ import torch
 from utils_env import normalize_game
 
 MOST = {  # far beyond what is useful, and short of what the machine or the emulators would choke on
+    "MAX_STEPS": 10**9,
     "NUM_ENVS": 4096,
     "EVAL_EPISODES": 4096,
     "STACK_SIZE": 64,

@@ -149,10 +149,9 @@ class AtariEnv:
                 f"not {actions.dtype} {list(actions.shape)}"
             )
         actions = actions.astype(np.int64)
-        if actions.min() < 0 or actions.max() >= len(
-            self._meanings
-        ):  # an illegal action would hang the emulators for ever
-            wrong = actions[(actions < 0) | (actions >= len(self._meanings))][0]
+        illegal = (actions < 0) | (actions >= len(self._meanings))
+        if illegal.any():  # it would hang the emulators for ever
+            wrong = actions[illegal][0]
             raise ValueError(f"an action of {self.game} is from 0 to {len(self._meanings) - 1}, not {wrong}")
         if self._fire is not None and self._lives:
             actions[self._terminals] = self._fire

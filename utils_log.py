@@ -131,7 +131,7 @@ class Log:
         if not self._bar.disable:
             self._say(step, self._words())
 
-    def evaluated(self) -> None:
+    def tell_evaluation(self) -> None:
         """Tell of the run's last evaluation."""
         self._take_in()
         last, best = self._run.evaluations[-1], self._best

@@ -20,11 +20,10 @@ DEVICES = ("cuda", "mps", "cpu")
 MANY_CORES = 8  # of which the emulators can spare one
 HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py")  # that decide what a run does
-CONTROL_GROUPS = [  # version 2 and 1: limit, usage, statistics, and the part of the usage that is reclaimable cache
-    [f"/sys/fs/cgroup/memory.{name}" for name in ("max", "current", "stat")] + ["inactive_file"],
-    [f"/sys/fs/cgroup/memory/memory.{name}" for name in ("limit_in_bytes", "usage_in_bytes", "stat")]
-    + ["total_inactive_file"],
-]
+CONTROL_GROUPS = {  # version 2 and 1: their root, the files of limit and usage, and what of that is reclaimable cache
+    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
 
 
 def choose_device(name: str) -> torch.device:
@@ -60,10 +59,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
     """Set up the process for training on `device` with `threads` threads, and return the arithmetic `precision`."""
     keep_freed_memory()
-    if (
-        threads or device.type == "cuda"
-    ):  # beside a GPU torch has little to do on the CPU, and its idle threads keep the
-        torch.set_num_threads(threads or 1)  # cores of the emulators busy: with 16 of them a run took twice as long
+    # Beside a GPU torch has little to do on the CPU, and its idle threads keep the emulators' cores busy: with 16 of
+    # them a run took twice as long.
+    if threads or device.type == "cuda":
+        torch.set_num_threads(threads or 1)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are made on the current one, and it is asked for bfloat16
     dtype = choose_dtype(precision, device)
@@ -91,12 +90,15 @@ def choose_storage(
     """
     needed = memory.needed_bytes(mem_size, num_envs)
     places = [device] if device.type == "cuda" else []  # MPS has no float64, and shares the RAM anyway
-    for place in (*places, torch.device("cpu")):
-        free = free_bytes(place)
-        sentence = f"replay memory for {mem_size:,} steps: {needed / 1e9:.2f} GB on {place}, {free / 1e9:.2f} GB free"
-        if needed + HEADROOM <= free:
-            return place, sentence
-    remedy = make_fit((free - HEADROOM) / needed * mem_size)
+    free = {place: free_bytes(place) for place in (*places, torch.device("cpu"))}
+    largest = max(free, key=free.get)
+    fitting = next((place for place in free if needed + HEADROOM <= free[place]), None)
+    place = fitting or largest
+    taken, left = needed / 1e9, free[place] / 1e9
+    sentence = f"replay memory for {mem_size:,} steps: {taken:.2f} GB on {place}, {left:.2f} GB free"
+    if fitting:
+        return place, sentence
+    remedy = make_fit((free[largest] - HEADROOM) / needed * mem_size)
     raise ConfigError(f"the {sentence}, of which {HEADROOM / 1e9:.1f} must stay free; {remedy}")
 
 
@@ -143,29 +145,35 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, 1 << 30)
 
 
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now; for the CPU, what the machine and its control group leave available.
+def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
+    """Bytes that can be allocated on `device` now; for the CPU, what the machine and control groups leave available.
 
-    On systems that do not say what is available, all the memory there is.
+    On systems that do not say what is available, all the memory there is. `root` is where they say it.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
-        free = 1024 * int(_fields("/proc/meminfo")["MemAvailable:"])
+        free = 1024 * int(_fields(root / "proc/meminfo")["MemAvailable:"])
+        groups = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, KeyError):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    for limit, usage, statistics, cache in CONTROL_GROUPS:
-        try:
-            used = int(Path(usage).read_text()) - int(_fields(statistics)[cache])  # a cache makes way
-            free = min(free, int(Path(limit).read_text()) - used)
-        except (OSError, KeyError, ValueError):  # no such control group, or no limit ("max")
+    for _, controllers, path in (line.split(":", 2) for line in groups):
+        if controllers not in CONTROL_GROUPS:
             continue
+        top, limit, usage, cache = CONTROL_GROUPS[controllers]
+        # A batch system limits its jobs far below the root, and any group may be limited. In a container there is but
+        # the root, whatever the path.
+        steps = Path(path).relative_to("/").parts
+        for place in (root.joinpath(top, *steps[:depth]) for depth in range(len(steps) + 1)):
+            with contextlib.suppress(OSError, KeyError, ValueError):  # no such group, or no limit ("max")
+                used = int((place / usage).read_text()) - int(_fields(place / "memory.stat")[cache])
+                free = min(free, int((place / limit).read_text()) - used)
     return free
 
 
-def _fields(path: str) -> dict[str, str]:
+def _fields(path: Path) -> dict[str, str]:
     """The first two words of every line of a file, name and value."""
-    return dict(line.split()[:2] for line in Path(path).read_text().splitlines())
+    return dict(line.split()[:2] for line in path.read_text().splitlines())
 
 
 def describe_start(device: torch.device, constants: dict) -> dict:

@@ -10,9 +10,9 @@ A transition may be sampled while its whole stack and its n-step window are ther
 `stack_size - 1` oldest rows, whose stacks the write head has begun to overwrite, and the `n_step` newest. It also
 leaves out the step after a game's end: its action was ignored and led to another game's first frame (age 0).
 
-Everything that changes from step to step is a tensor on the memory's device. Where that is the learner's device, push,
-sample, gather and update_priorities do not wait for it; a memory in RAM beside a learner on a GPU waits for each row
-and for the TD errors.
+All that the device's work depends on and that changes from step to step is a tensor on the memory's device. Where that
+is the learner's device, push, sample, gather and update_priorities do not wait for it; a memory in RAM beside a learner
+on a GPU waits for each row and for the TD errors.
 """
 
 import numpy as np
@@ -190,8 +190,8 @@ class ReplayMemory:
 
     def reseed(self, seed: int | list[int]) -> None:
         """Draw from a new random sequence from here on."""
-        words = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-        self.generator.manual_seed(int(words[0] >> np.uint64(1)))
+        (number,) = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        self.generator.manual_seed(int(number >> np.uint64(1)))
 
     def state_dict(self) -> dict:
         """All that a memory of the same sizes needs to continue, but its random state: views of what is stored."""

@@ -57,7 +57,8 @@ class Record:
             told = f"this run is finished, at step {self.finished:,}; a larger MAX_STEPS goes on with it, another run"
             told += f" starts elsewhere; its best model has a mean score of {self.score:.1f}, watch it with: "
             raise Stopped(told + watch(self.models / self.best), 0)
-        if steps < (self.checkpoint or 0):
+        end = -(-steps // values["NUM_ENVS"]) * values["NUM_ENVS"]  # of the last iteration
+        if end < (self.checkpoint or 0):
             raise ConfigError(f"MAX_STEPS ({steps}) is behind this run, whose checkpoint is of step {self.checkpoint}")
         self.constants = values
         self.finished = self.best = self.score = None

@@ -92,7 +92,7 @@ class Run:
     def resume(self, agent, memory) -> int:
         """Bring both, and rewards.txt, to the newest good checkpoint; return its step, or 0 if there never was one.
 
-        Raises ConfigError if none is good any more. Until here a signal ends the run at once, and nothing is lost.
+        Raises ConfigError if none is good any more. A signal until one is read ends the run, and nothing is changed.
         """
         self._agent, self._memory = agent, memory
         refused, good = {}, None
@@ -107,6 +107,7 @@ class Run:
                 if isinstance(error, PermissionError):
                     raise ConfigError(f"cannot read {path}: {error.strerror}") from None
                 refused[path] = str(error) if isinstance(error, ConfigError) else "it is damaged"
+        self._abort = False  # from here on files change
         self._beats = self._step // self._constants["CHECKPOINT_FREQ"]
         self._announce(good, refused)
         self._record.checkpoint = self._step if good else None
@@ -116,10 +117,10 @@ class Run:
             compared = {key: value for key, value in start.items() if key not in ("step", "time", "command")}
             change = [f"{key} was {last.get(key)}, is {now}" for key, now in compared.items() if now != last.get(key)]
             if change:
-                print(f"not bit for bit as before: {'; '.join(change)}", file=sys.stderr)
+                print(f"perhaps not bit for bit as before: {'; '.join(change)}", file=sys.stderr)
         self._record.starts.append(start)
         self._record.write()
-        self._abort, self._resumed = False, True
+        self._resumed = True
         return self._step
 
     def evaluated(self, step: int) -> bool:
@@ -251,10 +252,8 @@ class Run:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if state["run"] != self._record.run:
             raise ConfigError("it is of another run")
-        constants = {
-            **state["constants"],
-            "SAVE_PREFIX": self._constants["SAVE_PREFIX"],
-        }  # that tells where it was then
+        # SAVE_PREFIX tells where it was then.
+        constants = {**state["constants"], "SAVE_PREFIX": self._constants["SAVE_PREFIX"]}
         if change := changed(constants, self._constants):
             raise ConfigError(f"it is of a run with {change}")
         if path != self._path(state["step"]):

@@ -111,6 +111,8 @@ def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
     for name, value in resolve(constants).items():
         if name in OWN and value != getattr(main, name):
             raise ValueError(f"{name} is set by --games, --seeds, --steps, --every and --out")
+    if asked.steps % asked.every:
+        raise ValueError(f"--steps {asked.steps} must be a multiple of --every {asked.every}")
     if wrong := [steps for steps in asked.at if steps % asked.every or not 0 <= steps <= asked.steps]:
         raise ValueError(f"--at {wrong[0]}: there is an evaluation every {asked.every} steps up to {asked.steps}")
     if len(dict(asked.until)) < len(asked.until):

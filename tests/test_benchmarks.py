@@ -314,6 +314,7 @@ def test_no_recipe_is_there_twice(learning):
         (["--games", "brekout"], "is it 'breakout'"),
         (["--PRECISION=float8"], "PRECISION must be one of auto, float32, bfloat16, not 'float8'"),
         (["--at", "150"], "--at 150: there is an evaluation every 100 steps up to 200"),
+        (["--steps=250"], "--steps 250 must be a multiple of --every 100"),
         (["--until", "breakout"], "invalid goal value: 'breakout'"),
         (["--until", "breakout=20", "Breakout=40"], "--until: one score per game"),
         (["--GAMMA=0.9"], "shipped-breakout-0 has GAMMA 0.99, not 0.9; choose another --out"),

@@ -59,7 +59,7 @@ class Parts:
         log.settle(step)
         with log.pause(step, "evaluating"):
             self.evaluations.append(Evaluation(len(self.evaluations), step, step / 1000, list(scores)))
-            log.evaluated()
+            log.tell_evaluation()
 
 
 @pytest.fixture

@@ -429,10 +429,11 @@ BAD = [
     (["--FRAME_SKIP=100_000"], "FRAME_SKIP must be at most 60"),
     (["--TARGET_UPDATE=31"], "TARGET_UPDATE (31) must be at least NUM_ENVS (32)"),
     (["--SAVE_PREFIX=" + 300 * "x"], "cannot write to xxx"),
-    (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e12"], "up to 7063000."),
+    (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e9"], "up to 7063."),
+    (["--MAX_STEPS=2e9"], "MAX_STEPS must be at most 1000000000, not 2000000000"),
     (["--MEM_SIZE=1e12", "--PRIORITIZED=True"], "up to 8070."),  # the frames of 10M steps, and all priorities
     (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e4"], "the replay memory for 1,000,000,000,000 steps:"),
-    (["--MAX_STEPS=1_000_000_000_001"], "MAX_STEPS must be at most 10**12"),
+    (["--TARGET_UPDATE=1_000_000_000_001"], "TARGET_UPDATE must be at most 10**12"),
     ([f"--BETA_STEPS=1{400 * '0'}"], "BETA_STEPS must be at most 10**12"),
     (["--PLAY=nowhere"], "cannot read nowhere: No such file or directory"),
     (["--PLAY="], "PLAY needs a value: --PLAY=..."),
@@ -525,6 +526,45 @@ def test_a_memory_that_does_not_fit_names_needed_and_free_and_what_would_fit(mon
     monkeypatch.setattr(utils_machine, "free_bytes", lambda device: 1_000_000_000)
     with pytest.raises(utils_config.ConfigError, match="or lower MEM_SIZE"):
         utils_machine.choose_storage(cpu, memory, 100_000, 32)
+
+
+def test_what_would_fit_is_told_of_the_place_with_the_most_room(monkeypatch):
+    free = {"cuda": 80e9, "cpu": 16e9}
+    monkeypatch.setattr(utils_machine, "free_bytes", lambda device: int(free[device.type]))
+    cuda, memory = torch.device("cuda"), utils_memory.ReplayMemory
+    with pytest.raises(utils_config.ConfigError, match=r"141\.\d+ GB on cuda, 80\.00 GB free.* --MEM_SIZE=11_170_000"):
+        utils_machine.choose_storage(cuda, memory, 20_000_000, 32)
+    assert utils_machine.choose_storage(cuda, memory, 11_170_000, 32)[0] == cuda
+    free |= {"cuda": 5e9}
+    assert utils_machine.choose_storage(cuda, memory, 1_000_000, 32)[0] == torch.device("cpu")
+    with pytest.raises(utils_config.ConfigError, match=r" GB on cpu, 16\.00 GB free.* --MEM_SIZE=2_110_000"):
+        utils_machine.choose_storage(cuda, memory, 20_000_000, 32)
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "free"),
+    [
+        ("0::/", {}, 8_000),
+        ("0::/", {"": ("max", 5_000, 0)}, 8_000),
+        ("0::/", {"": (6_000, 5_000, 1_000)}, 2_000),
+        ("0::/job/step", {"": ("max", 7_000, 0), "job": (4_000, 3_500, 500), "job/step": ("max", 3_000, 0)}, 1_000),
+        ("0::/elsewhere", {"": (6_000, 1_000, 0)}, 5_000),  # a container's own root
+        ("3:cpu:/a\n2:memory:/job", {"memory": (2**63 - 1, 0, 0), "memory/job": (4_000, 1_500, 500)}, 3_000),
+    ],
+)
+def test_free_memory_is_what_the_machine_and_every_control_group_above_leave(tmp_path, group, files, free):
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 8000 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text(f"9:name=systemd:/\n{group}\n")
+    old = "memory" in group
+    names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
+    for place, (limit, usage, cache) in files.items():
+        directory = tmp_path / "sys" / "fs" / "cgroup" / place
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, value in zip(names, (limit, usage), strict=True):
+            (directory / f"memory.{name}").write_text(f"{value if value == 'max' else 1024 * value}\n")
+        (directory / "memory.stat").write_text(f"anon 5\n{'total_' * old}inactive_file {1024 * cache}\n")
+    assert utils_machine.free_bytes(torch.device("cpu"), tmp_path) == 1024 * free
 
 
 @pytest.mark.parametrize(("device", "cores", "threads"), [("cuda", 16, 15), ("cuda", 4, 0), ("cpu", 16, 0)])

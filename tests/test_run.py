@@ -188,10 +188,10 @@ def test_a_signal_ends_the_run_after_the_iteration_and_the_run_goes_on_from_ther
     assert [row.split()[:2] for row in rows] == [["0", "0"], ["1", "200"], ["2", "400"]]
 
 
-@pytest.mark.parametrize("evaluation", [0, 1, 2])
-def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(monkeypatch, run_main, tmp_path, evaluation):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    assert run_main(alone, CHECKPOINT_FREQ=200)[0] == 0
+@pytest.mark.parametrize(("evaluation", "steps"), [(0, 400), (1, 400), (2, 250)])  # the last one is off the beat
+def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(monkeypatch, run_main, tmp_path, evaluation, steps):
+    alone, stopped, constants = tmp_path / "alone", tmp_path / "stopped", {"CHECKPOINT_FREQ": 200, "MAX_STEPS": steps}
+    assert run_main(alone, **constants)[0] == 0
 
     def play_long() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -200,9 +200,9 @@ def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(monkeypatch,
     began = time.monotonic()
     with monkeypatch.context() as patch:
         at_call(patch, main.AtariEnv, "evaluate", evaluation + 1, play_long)
-        assert run_main(stopped, CHECKPOINT_FREQ=200)[0] == 130
+        assert run_main(stopped, **constants)[0] == 130
     assert time.monotonic() - began < 30
-    assert run_main(stopped, CHECKPOINT_FREQ=200)[0] == 0
+    assert run_main(stopped, **constants)[0] == 0
     assert kill_test.results(stopped) == kill_test.results(alone), "evaluations are at checkpoints here"
 
 
