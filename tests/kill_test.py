@@ -207,9 +207,9 @@ def main() -> None:
     parser.add_argument("--stops", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     arguments, rest = parser.parse_known_args()
-    given = dict(argument.removeprefix("--").split("=") for argument in rest)
-    kinds = {name: type(value) for name, value in SMALL.items()}
-    constants = SMALL | {n: value == "True" if kinds[n] is bool else kinds[n](value) for n, value in given.items()}
+    given = dict(argument.removeprefix("--").split("=", 1) for argument in rest)
+    numbers = {name: int(given[name]) for name in ("MAX_STEPS", "EVALUATE_FREQ") if name in given}  # read here
+    constants = SMALL | given | numbers
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
         if arguments.kills:
