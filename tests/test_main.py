@@ -573,6 +573,19 @@ def test_many_cores_leave_one_to_the_thread_that_feeds_a_gpu(monkeypatch, device
     assert utils_machine.choose_emulator_threads(torch.device(device)) == threads
 
 
+@pytest.mark.parametrize(("device", "threads", "used"), [("cuda", 0, 1), ("cuda", 3, 3), ("cpu", 0, 2), ("cpu", 3, 3)])
+def test_beside_a_gpu_the_learner_leaves_the_cores_to_the_emulators(monkeypatch, device, threads, used):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # undone after the test
+    monkeypatch.setattr(utils_machine, "keep_freed_memory", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert utils_machine.prepare(torch.device(device), "bfloat16", threads) == torch.bfloat16
+        assert torch.get_num_threads() == used
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
     run = tiny_run(MAX_STEPS=8)
     (run.directory / "run.json").unlink()
