@@ -40,7 +40,9 @@ BATCH_SIZE: int = 32  # transitions per update
 POLICY_UPDATE: int = 8  # steps per update; the usual 4 scored less on Breakout at 800k steps, in 1.9 times the time
 TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target network
 WARM_STEPS: int = 20_000  # steps of play before learning starts, random where EPS_START is 1
-MEM_SIZE: int = 1_000_000  # steps the replay memory keeps, 7.1 kB each: 7.1 GB; 100_000 learned less
+MEM_SIZE: int = (
+    1_000_000  # steps the replay memory keeps, 7.1 kB each, 7.1 GB; less for shorter runs; 100_000 learned less
+)
 LEARNING_RATE: float = 2.5e-4  # of Adam
 ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
 PRIORITIZED: bool = True  # replay surprising transitions more often (Schaul et al. 2016)
@@ -81,23 +83,16 @@ def main() -> None:
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     with utils_run.open_run(globals(), device, Memory) as run:
-        storage, sentence = utils_machine.choose_storage(device, Memory, MEM_SIZE, NUM_ENVS)
-        print(utils_log.introduction(globals(), device, sentence, run.space), file=sys.stderr)
-        train(run, device, dtype, Memory, storage)
+        print(utils_log.introduction(globals(), device, run.room), file=sys.stderr)
+        train(run, device, dtype, Memory)
     print(utils_log.conclusion(run), file=sys.stderr)
 
 
-def train(
-    run: utils_run.Run,
-    device: torch.device,
-    dtype: torch.dtype,
-    Memory: type[ReplayMemory],
-    storage: torch.device,
-) -> None:
-    """Train an agent of `dtype` on `device` with a memory in `storage`, from where `run` stands to MAX_STEPS."""
+def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: type[ReplayMemory]) -> None:
+    """Train an agent of `dtype` on `device`, from where `run` stands to MAX_STEPS."""
     env = make_env(device)
     agent = make_agent(env.get_action_dim(), device, dtype)
-    memory = make_memory(Memory, MEM_SIZE, storage, device)
+    memory = make_memory(Memory, utils_machine.count_memory(globals()), run.storage, device)
     loss = None
 
     def evaluate(step: int) -> None:

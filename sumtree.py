@@ -15,6 +15,7 @@ from torch import Tensor
 
 FRACTION_BITS = 30  # fixed point: 2^30 is a priority of 1.0
 ONE = 1 << FRACTION_BITS
+LOADED = 1 << 16  # leaves that are loaded at once; they take room for every level
 
 
 class SumTree:
@@ -130,18 +131,19 @@ class SumTree:
         return indices, self._leaves[indices].double() / total
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that a tree of the same capacity needs to continue exactly."""
+        """All that a tree of at least the same capacity needs to continue exactly."""
         return {"leaves": self._leaves}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the priorities of `state`; the sums follow from them exactly."""
+        """Take over the priorities of `state`, of the first leaves if it has fewer; the sums follow from them exactly."""
         leaves = state["leaves"]
-        if leaves.shape != (self.capacity,):
+        if leaves.dim() != 1 or len(leaves) > self.capacity:
             raise ValueError(f"this tree has {self.capacity} leaves, the state has {list(leaves.shape)}")
         self._leaves.zero_()
         self._nodes.zero_()
-        for part in torch.arange(self.capacity, device=self.device).split(1 << 16):  # _assign wants room for each level
-            self._assign(part, leaves[part[0] : part[-1] + 1].to(self.device))
+        for begin in range(0, len(leaves), LOADED):
+            part = leaves[begin : begin + LOADED].to(self.device)
+            self._assign(torch.arange(begin, begin + len(part), device=self.device), part)
 
     def _check_indices(self, indices: Tensor, upper: int | None = None) -> None:
         if self._checked and indices.numel():

@@ -39,15 +39,14 @@ SHORT = {  # words where a bar is narrow, so that 80 columns hold all of it
 }
 
 
-def introduction(constants: dict, device: torch.device, storage: str, space: str) -> str:
-    """What is about to be done with `constants`, where, and how to stop it and go on."""
+def introduction(constants: dict, device: torch.device, room: str) -> str:
+    """What is about to be done with `constants`, where, in what `room`, and how to stop it and go on."""
     machine = utils_machine.describe_device(device, constants["PRECISION"])
     steps, warm, games = constants["MAX_STEPS"], constants["WARM_STEPS"], count(constants["NUM_ENVS"], "game")
     lines = [
         f"{normalize_game(constants['GAME'])}: {steps:,} steps, {games} in step, learning after {warm:,}",
         f"on {machine['device']}, {machine['precision']}",
-        storage,
-        space,
+        room,
         f"results: {REWARDS}, {PICTURE}, {constants['SAVE_PREFIX']}/",
         f"curves: tensorboard --logdir={CURVES}",
         f"Ctrl-C stops the run at any time, and the same command goes on: {utils_config.command_line()}",

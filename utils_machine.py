@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import shutil
 import subprocess
 import time
@@ -81,6 +82,17 @@ def choose_emulator_threads(device: torch.device) -> int:
     return count_cores() - 1 if device.type == "cuda" and count_cores() >= MANY_CORES else 0
 
 
+def count_memory(constants: dict) -> int:
+    """Steps that the replay memory of a run with `constants` keeps: MEM_SIZE, or less where the run is too short to
+    make a difference. So a run that is made longer goes on as if it had been so from the start.
+    """
+    iterations = -(-constants["MAX_STEPS"] // constants["NUM_ENVS"])
+    rows = (
+        iterations + constants["STACK_SIZE"] + constants["N_STEP"]
+    )  # a full ring's oldest are no transitions any more
+    return min(constants["MEM_SIZE"], rows * constants["NUM_ENVS"])
+
+
 def choose_storage(
     device: torch.device, memory: type[ReplayMemory], mem_size: int, num_envs: int
 ) -> tuple[torch.device, str]:
@@ -113,8 +125,8 @@ def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> 
 
     Raises ConfigError if it is not there.
     """
-    sizes = {"capacity": constants["MEM_SIZE"], "num_envs": constants["NUM_ENVS"]}
-    memory_bytes = memory.saved_bytes(**sizes, steps=constants["MAX_STEPS"])
+    capacity, num_envs = count_memory(constants), constants["NUM_ENVS"]
+    memory_bytes = memory.saved_bytes(capacity, num_envs, constants["MAX_STEPS"])
     head = (18 + 1) * (512 + 1) * max(constants["QUANTILES"], constants["ATOMS"])  # of all actions, and dueling
     copies = 5  # policy, target, average and Adam's two moments
     networks_bytes = copies * 4 * ((4 << 20) + head)  # in float32
@@ -126,8 +138,7 @@ def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> 
     needed = f"up to {size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"
     sentence = f"checkpoints: {needed}, {free / 1e9:.2f} GB free on the disk"
     if most * size > free:
-        full = memory.saved_bytes(**sizes, steps=constants["MEM_SIZE"])
-        remedy = make_fit((free / most - networks_bytes) / full * constants["MEM_SIZE"])
+        remedy = make_fit((free / most - networks_bytes) / memory_bytes * capacity)
         raise ConfigError(f"{sentence}; {remedy}")
     return sentence
 
@@ -157,6 +168,10 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, KeyError):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of ulimit -v
+    if limit != resource.RLIM_INFINITY:
+        used = int((root / "proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        free = min(free, limit - used)
     for _, controllers, path in (line.split(":", 2) for line in groups):
         if controllers not in CONTROL_GROUPS:
             continue

@@ -199,7 +199,10 @@ class ReplayMemory:
         return {"pushed": self._pushed, **views}  # torch.save writes a slice with all it was cut from, but not these
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over `state`, from any device. Raises ValueError if it is of another size; then nothing is sound."""
+        """Take over `state`, from any device, of a memory of the same size, or of any as long as none of both is full.
+
+        Raises ValueError for another one; then nothing is sound.
+        """
         for name, parts in self._parts(state["pushed"]).items():
             if [(part.shape, part.dtype) for part in parts] != [(part.shape, part.dtype) for part in state[name]]:
                 raise ValueError(f"the {name} in the state do not fit a memory of {self.capacity} steps")
@@ -356,7 +359,8 @@ class PrioritizedReplayMemory(ReplayMemory):
     def load_state_dict(self, state: dict) -> None:
         """As of the uniform memory, with the priorities."""
         super().load_state_dict(state)
-        self._tree.load_state_dict(state["tree"])
+        filled = min(self._pushed, self.rows) * self.num_envs
+        self._tree.load_state_dict({"leaves": state["tree"]["leaves"][:filled]})
 
     @property
     def beta(self) -> float:

@@ -71,17 +71,17 @@ class Record:
         write_whole(RECORD, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
 
 
-def claim(values: dict, stack: contextlib.ExitStack, room: Callable[[], None]) -> Record:
+def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], object]) -> Record:
     """The record of the run of constants `values` in the current directory and SAVE_PREFIX, as it stands or new.
 
     Both are locked until `stack` closes. A run that has learned nothing makes way for one of other constants, once
-    `room` has not raised, and a finished one goes on where MAX_STEPS has grown. Raises ConfigError where results would
-    mix with others or MAX_STEPS lies behind the run, Stopped for a run that is over, and OSError where none can go.
+    `find_room` has not raised, and a finished one goes on where MAX_STEPS has grown. Raises ConfigError where results
+    would mix with others or MAX_STEPS lies behind the run, Stopped for a run that is over, and OSError where none can go.
     """
     _lock(Path("."), stack)
     there, new = _read(), Record(uuid.uuid4().hex, values)
     if there and (change := changed(there.constants, values)):
-        if not _discard(there, room):
+        if not _discard(there, find_room):
             raise ConfigError(f"the run in this directory has {change}; give it the same, or {ELSEWHERE}")
         print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
         there = None
@@ -184,7 +184,7 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def _discard(record: Record, room: Callable[[], None]) -> bool:
+def _discard(record: Record, find_room: Callable[[], object]) -> bool:
     """Remove a run without a checkpoint of what it learned or an evaluation of it. False, and all stays, otherwise.
 
     The record goes last, so that the next start ends what is cut off here. Raises OSError for what is not the run's.
@@ -196,7 +196,7 @@ def _discard(record: Record, room: Callable[[], None]) -> bool:
     learned = checkpoint > record.constants["WARM_STEPS"] or record.finished is not None
     if more or learned or steps not in ([], [b"0"]):
         return False
-    room()  # what takes its place must not fail for want of it
+    find_room()  # what takes its place must not fail for want of it
     with contextlib.ExitStack() as stack:
         if record.models.is_dir() and not record.models.samefile("."):
             _lock(record.models, stack)

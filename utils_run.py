@@ -23,7 +23,7 @@ from torch import Tensor
 
 from utils_config import ConfigError, Stopped, command_line, constants, out_of_memory
 from utils_drl import write_whole
-from utils_machine import check_disk, choose_storage, describe_start
+from utils_machine import check_disk, choose_storage, count_memory, describe_start
 from utils_memory import ReplayMemory
 from utils_record import ELSEWHERE, REWARDS, Record, changed, claim, expand, remove
 from utils_types import Evaluation, best_of
@@ -40,19 +40,19 @@ def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> 
     """
     values = {name: module[name] for name in constants(module)}
 
-    def room() -> None:
-        """Raise ConfigError where there is none, in memory or on the disk."""
-        choose_storage(device, memory, values["MEM_SIZE"], values["NUM_ENVS"])
-        check_disk(values, expand(values["SAVE_PREFIX"]), memory)
+    def find_room() -> tuple[torch.device, str]:
+        """Where the memory goes, and what it and the checkpoints take, in words. Raises ConfigError."""
+        storage, sentence = choose_storage(device, memory, count_memory(values), values["NUM_ENVS"])
+        return storage, f"{sentence}\n{check_disk(values, expand(values['SAVE_PREFIX']), memory)}"
 
     with contextlib.ExitStack() as stack:
         try:
-            record = claim(values, stack, room)
-            space = check_disk(values, record.models, memory)
+            record = claim(values, stack, find_room)
+            storage, room = find_room()
         except OSError as error:
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {values['SAVE_PREFIX']})"
             raise ConfigError(told) from None
-        run = Run(record, values, device, space)
+        run = Run(record, values, device, storage, room)
         show = threading.excepthook
         stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the run
         threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
@@ -79,8 +79,9 @@ def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> 
 class Run:
     """One run, from its first start to its end; made by `open_run`."""
 
-    def __init__(self, record: Record, values: dict, device: torch.device, space: str):
-        self.models, self.space = record.models, space  # where its models go, and what its checkpoints take in words
+    def __init__(self, record: Record, values: dict, device: torch.device, storage: torch.device, room: str):
+        self.models, self.storage = record.models, storage  # where its models go, and the replay memory
+        self.room = room  # that memory and checkpoints take, in words
         self._record, self._constants, self._device = record, values, device
         self.evaluations: list[Evaluation] = []
         self._began = time.monotonic()  # less what the run had worked for before

@@ -90,10 +90,11 @@ def bench() -> None:
     of_memory = {name: run[name] for name in ("NUM_ENVS", "STACK_SIZE", "N_STEP", "GAMMA")}
     vars(main).update(of_memory)
     try:
-        storage, _ = utils_machine.choose_storage(device, ReplayMemory, run["MEM_SIZE"], run["NUM_ENVS"])
+        capacity = utils_machine.count_memory(run)
+        storage, _ = utils_machine.choose_storage(device, ReplayMemory, capacity, run["NUM_ENVS"])
     except utils_config.ConfigError as error:
         parser.error(str(error))
-    memory = main.make_memory(ReplayMemory, run["MEM_SIZE"], storage, device)
+    memory = main.make_memory(ReplayMemory, capacity, storage, device)
     memory.load_state_dict(state)
     del saved, state
     lesson = Lesson(memory, teacher)

@@ -59,7 +59,7 @@ def bench() -> None:
         device = utils_machine.choose_device(main.DEVICE)
         utils_machine.prepare(device, main.PRECISION, main.THREADS)
         for kind in (ReplayMemory, PrioritizedReplayMemory):  # or it would end in the middle of its work
-            utils_machine.choose_storage(device, kind, main.MEM_SIZE, main.NUM_ENVS)
+            utils_machine.choose_storage(device, kind, main.MEM_SIZE, main.NUM_ENVS)  # of the learner alone
             utils_machine.check_disk(constants | {"MAX_STEPS": LENGTH}, Path("."), kind)
     except utils_config.ConfigError as error:
         parser.error(str(error))

@@ -429,10 +429,13 @@ BAD = [
     (["--FRAME_SKIP=100_000"], "FRAME_SKIP must be at most 60"),
     (["--TARGET_UPDATE=31"], "TARGET_UPDATE (31) must be at least NUM_ENVS (32)"),
     (["--SAVE_PREFIX=" + 300 * "x"], "cannot write to xxx"),
-    (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e9"], "up to 7063."),
+    (
+        ["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e9"],
+        "the replay memory for 1,000,000,224 steps: 7063.",  # a shorter run keeps no more than all of it
+    ),
+    (["--MEM_SIZE=1e9", "--PRIORITIZED=False", "--MAX_STEPS=1e9"], "the replay memory for 1,000,000,000 steps: 7063."),
     (["--MAX_STEPS=2e9"], "MAX_STEPS must be at most 1000000000, not 2000000000"),
-    (["--MEM_SIZE=1e12", "--PRIORITIZED=True"], "up to 8070."),  # the frames of 10M steps, and all priorities
-    (["--MEM_SIZE=1e12", "--PRIORITIZED=False", "--MAX_STEPS=1e4"], "the replay memory for 1,000,000,000,000 steps:"),
+    (["--MEM_SIZE=1e12", "--PRIORITIZED=True", "--MAX_STEPS=1e9"], "the replay memory for 1,000,000,224 steps: 707"),
     (["--TARGET_UPDATE=1_000_000_000_001"], "TARGET_UPDATE must be at most 10**12"),
     ([f"--BETA_STEPS=1{400 * '0'}"], "BETA_STEPS must be at most 10**12"),
     (["--PLAY=nowhere"], "cannot read nowhere: No such file or directory"),
@@ -609,7 +612,7 @@ def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp
 def test_games_that_never_get_far_are_told():
     def introduce(steps: int, checkpoint_freq: int) -> str:
         constants = {**vars(main), "MAX_STEPS": steps, "CHECKPOINT_FREQ": checkpoint_freq, "NUM_ENVS": 4}
-        return utils_log.introduction(constants, torch.device("cpu"), "", "")
+        return utils_log.introduction(constants, torch.device("cpu"), "")
 
     assert "starts anew after 4,499 steps, so its later part is never seen: raise" in introduce(100_000, 4 * 4_499)
     assert "starts anew" not in introduce(100_000, 4 * 4_500)  # as long as an evaluation's games may last

@@ -513,6 +513,25 @@ def test_a_saved_memory_comes_back_and_goes_on_alike(kind, pushes):
 
 
 @pytest.mark.parametrize("kind", MEMORIES)
+@pytest.mark.parametrize(("before", "after"), [(20, 50), (50, 20)])
+def test_a_memory_that_is_not_full_goes_on_alike_in_a_larger_and_a_smaller_one(kind, before, after):
+    memory, games, naive = filled(kind, before, 3, 10, n_step=2)
+    restored, *_ = filled(kind, after, 3, 70, n_step=2, seed=1)  # what it held is forgotten
+    restored.load_state_dict(memory.state_dict())
+    for _ in range(7):  # until the smaller one begins to forget
+        for each in (memory, restored):
+            each.reseed([5, 6])
+        mine, its = memory.sample(40, 2), restored.sample(40, 2)
+        assert all(torch.equal(*values) for values in zip(mine, its, strict=True))
+        for each in (memory, restored):
+            each.update_priorities(mine.indices, mine.returns)
+        row = games.next_row()
+        memory.push(row)
+        restored.push(row)
+        assert restored.sampleable().tolist() == memory.sampleable().tolist() == list(naive.sampleable())
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
 @pytest.mark.parametrize(("rows", "pushes"), [(30_000, 10), (1_000, 500), (1_000, 1_500)])
 def test_a_saved_memory_takes_the_room_it_says_and_none_for_rows_it_does_not_have(kind, rows, pushes):
     memory, *_ = filled(kind, rows, 3, pushes)

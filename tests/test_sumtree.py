@@ -401,11 +401,22 @@ def test_loading_replaces_what_the_tree_held():
     assert_same(other, naive)
 
 
-def test_a_state_of_another_capacity_is_refused():
+def test_a_state_of_more_leaves_is_refused():
     tree, naive = random_pair(8, seed=19)
-    with pytest.raises(ValueError, match="5"):
-        tree.load_state_dict(SumTree(5).state_dict())
+    with pytest.raises(ValueError, match=r"8 leaves, the state has \[9\]"):
+        tree.load_state_dict(SumTree(9).state_dict())
     assert_same(tree, naive)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_state_of_fewer_leaves_is_that_of_the_first(scan):
+    tree, _ = random_pair(8, seed=19)
+    larger = SumTree(21, scan=scan)
+    larger.update(torch.arange(21), torch.ones(21))
+    larger.load_state_dict(tree.state_dict())
+    assert larger.priorities().tolist() == [*tree.priorities().tolist(), *[0.0] * 13]
+    assert torch.equal(larger.prefix_sum(torch.arange(9)), tree.prefix_sum(torch.arange(9)))
+    assert larger.total() == tree.total()
 
 
 # ---- refusals ----
