@@ -135,7 +135,7 @@ class SumTree:
         return {"leaves": self._leaves}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the priorities of `state`, of the first leaves if it has fewer; the sums follow from them exactly."""
+        """Take over the priorities of `state`, of the first leaves if it has fewer; the sums follow exactly."""
         leaves = state["leaves"]
         if leaves.dim() != 1 or len(leaves) > self.capacity:
             raise ValueError(f"this tree has {self.capacity} leaves, the state has {list(leaves.shape)}")

@@ -89,7 +89,7 @@ def count_memory(constants: dict) -> int:
     iterations = -(-constants["MAX_STEPS"] // constants["NUM_ENVS"])
     rows = (
         iterations + constants["STACK_SIZE"] + constants["N_STEP"]
-    )  # a full ring's oldest are no transitions any more
+    )  # a full ring's oldest are no transitions
     return min(constants["MEM_SIZE"], rows * constants["NUM_ENVS"])
 
 

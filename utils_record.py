@@ -76,7 +76,7 @@ def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], obj
 
     Both are locked until `stack` closes. A run that has learned nothing makes way for one of other constants, once
     `find_room` has not raised, and a finished one goes on where MAX_STEPS has grown. Raises ConfigError where results
-    would mix with others or MAX_STEPS lies behind the run, Stopped for a run that is over, and OSError where none can go.
+    would mix with others or MAX_STEPS lies behind the run, Stopped for one that is over, and OSError where none can go.
     """
     _lock(Path("."), stack)
     there, new = _read(), Record(uuid.uuid4().hex, values)
