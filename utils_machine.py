@@ -87,9 +87,7 @@ def count_memory(constants: dict) -> int:
     make a difference. So a run that is made longer goes on as if it had been so from the start.
     """
     iterations = -(-constants["MAX_STEPS"] // constants["NUM_ENVS"])
-    rows = (
-        iterations + constants["STACK_SIZE"] + constants["N_STEP"]
-    )  # a full ring's oldest are no transitions
+    rows = iterations + constants["STACK_SIZE"] + constants["N_STEP"]  # of a full ring not all are transitions
     return min(constants["MEM_SIZE"], rows * constants["NUM_ENVS"])
 
 

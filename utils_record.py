@@ -82,7 +82,8 @@ def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], obj
     there, new = _read(), Record(uuid.uuid4().hex, values)
     if there and (change := changed(there.constants, values)):
         if not _discard(there, find_room):
-            raise ConfigError(f"the run in this directory has {change}; give it the same, or {ELSEWHERE}")
+            begun = f" (it was started with: {there.starts[-1]['command']})" if there.starts else ""
+            raise ConfigError(f"the run in this directory has {change}; give it the same{begun}, or {ELSEWHERE}")
         print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
         there = None
     if there:

@@ -189,8 +189,9 @@ class Run:
     def stopped(self, cause: str, remedy: str) -> Stopped:
         """The exception that ends the run at this step."""
         there = self._checkpoints()
-        kept = f"the last good checkpoint is {there[-1]}" if there else "there is no checkpoint"
-        return Stopped(f"step {self._step:,}: {cause}; rewards.txt and the models are kept, {kept}; {remedy}", 1)
+        last = f"the last good checkpoint is {there[-1]}" if there else "there is no checkpoint"
+        kept = f"; rewards.txt and the models are kept, {last}" if there or self.evaluations or self._step else ""
+        return Stopped(f"step {self._step:,}: {cause}{kept}; {remedy}", 1)
 
     def on_signal(self, number: int, _) -> None:
         """Note the signal `number`. Raises KeyboardInterrupt where that may end what is going on."""

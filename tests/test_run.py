@@ -863,7 +863,7 @@ def test_a_run_with_results_makes_no_way(more):
     with open(more, "a") as file:
         file.write("  1      200 1.0\n")
     before = files()
-    told = r"the run in this directory has SEED=0, not 1, and GAMMA=0\.99, not 0\.5; give it the same"
+    told = r"has SEED=0, not 1, and GAMMA=0\.99, not 0\.5; give it the same \(it was started with: python .*\), or "
     with pytest.raises(utils_config.ConfigError, match=told):
         write(20, GAMMA=0.5, SEED=1)
     assert files() == before
