@@ -53,7 +53,7 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
     ]
     period = constants["CHECKPOINT_FREQ"] // constants["NUM_ENVS"]
     if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < EVAL_FRAMES:
-        told = f"every game starts anew after {count(period, 'step')}, so its later part is never seen"
+        told = f"every game starts anew after {count(period, 'step')} of its own, so its later part is never seen"
         lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
     if steps <= warm:
         lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends before WARM_STEPS ({warm})")

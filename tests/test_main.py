@@ -614,7 +614,7 @@ def test_games_that_never_get_far_are_told():
         constants = {**vars(main), "MAX_STEPS": steps, "CHECKPOINT_FREQ": checkpoint_freq, "NUM_ENVS": 4}
         return utils_log.introduction(constants, torch.device("cpu"), "")
 
-    assert "starts anew after 4,499 steps, so its later part is never seen: raise" in introduce(100_000, 4 * 4_499)
+    assert "starts anew after 4,499 steps of its own, so its later part is never seen: raise" in introduce(100_000, 4 * 4_499)
     assert "starts anew" not in introduce(100_000, 4 * 4_500)  # as long as an evaluation's games may last
     assert "starts anew" not in introduce(4 * 4_499, 4 * 4_499)  # over before
 
