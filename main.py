@@ -40,9 +40,7 @@ BATCH_SIZE: int = 32  # transitions per update
 POLICY_UPDATE: int = 8  # steps per update; the usual 4 scored less on Breakout at 800k steps, in 1.9 times the time
 TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target network
 WARM_STEPS: int = 20_000  # steps of play before learning starts, random where EPS_START is 1
-MEM_SIZE: int = (
-    1_000_000  # steps the replay memory keeps, 7.1 kB each, 7.1 GB; less for shorter runs; 100_000 learned less
-)
+MEM_SIZE: int = 1_000_000  # steps the replay memory keeps, 7.1 kB each, fewer in a shorter run; 100_000 learned less
 LEARNING_RATE: float = 2.5e-4  # of Adam
 ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
 PRIORITIZED: bool = True  # replay surprising transitions more often (Schaul et al. 2016)

@@ -163,17 +163,19 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
         return torch.cuda.mem_get_info(device)[0]
     try:
         free = 1024 * int(_fields(root / "proc/meminfo")["MemAvailable:"])
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
     except (OSError, KeyError):  # not Linux
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of ulimit -v
     if limit != resource.RLIM_INFINITY:
         used = int((root / "proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         free = min(free, limit - used)
-    for _, controllers, path in (line.split(":", 2) for line in groups):
-        if controllers not in CONTROL_GROUPS:
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        controller = "memory" if "memory" in controllers.split(",") else controllers
+        if controller not in CONTROL_GROUPS:
             continue
-        top, limit, usage, cache = CONTROL_GROUPS[controllers]
+        top, limit, usage, cache = CONTROL_GROUPS[controller]
         # A batch system limits its jobs far below the root, and any group may be limited. In a container there is but
         # the root, whatever the path.
         steps = Path(path).relative_to("/").parts

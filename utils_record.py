@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from utils_config import ConfigError, Stopped
+from utils_config import ConfigError, Stopped, command_line
 from utils_drl import write_whole
 from utils_env import normalize_game
 
@@ -58,8 +58,10 @@ class Record:
             told += f" starts elsewhere; its best model has a mean score of {self.score:.1f}, watch it with: "
             raise Stopped(told + watch(self.models / self.best), 0)
         end = -(-steps // values["NUM_ENVS"]) * values["NUM_ENVS"]  # of the last iteration
-        if end < (self.checkpoint or 0):
-            raise ConfigError(f"MAX_STEPS ({steps}) is behind this run, whose checkpoint is of step {self.checkpoint}")
+        saved = self.models.glob("checkpoint_" + 10 * "[0-9]") if self.owns_models else ()
+        last = max([self.checkpoint or 0, *(int(path.name[-10:]) for path in saved)])  # a file comes before its record
+        if end < last:
+            raise ConfigError(f"MAX_STEPS ({steps}) is behind this run, whose checkpoint is of step {last}")
         self.constants = values
         self.finished = self.best = self.score = None
 
@@ -82,8 +84,9 @@ def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], obj
     there, new = _read(), Record(uuid.uuid4().hex, values)
     if there and (change := changed(there.constants, values)):
         if not _discard(there, find_room):
-            begun = f" (it was started with: {there.starts[-1]['command']})" if there.starts else ""
-            raise ConfigError(f"the run in this directory has {change}; give it the same{begun}, or {ELSEWHERE}")
+            last = there.starts[-1]["command"] if there.starts else command_line()
+            hint = f" (it was last started with: {last})" if last != command_line() else ""
+            raise ConfigError(f"the run in this directory has {change}; give it the same{hint}, or {ELSEWHERE}")
         print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
         there = None
     if there:
@@ -104,7 +107,8 @@ def changed(before: dict, now: dict) -> str:
     """The constants of a run that are not what they were, in words, or nothing."""
     names = [name for name in before | now if name not in FREE and not _same(name, before, now)]
     was = {name: f"{name}={before[name]}" if name in before else f"no {name}" for name in names}
-    return ", and ".join(f"{was[name]}, not {now.get(name, 'without it')}" for name in names)
+    is_now = {name: f"not {now[name]}" if name in now else "which main.py has no more" for name in names}
+    return ", and ".join(f"{was[name]}, {is_now[name]}" for name in names)
 
 
 def _same(name: str, before: dict, now: dict) -> bool:

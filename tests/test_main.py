@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -370,7 +371,9 @@ def test_help_lists_every_constant_with_its_comment_and_default(constants, capsy
     for name in utils_config.constants(constants):
         assert f"--{name} " in text
     source = Path(main.__file__).read_text()
-    for comment in re.findall(r"^[A-Z_]+: .*#\s*(.*)$", source, re.MULTILINE):
+    comments = dict(re.findall(r"^([A-Z_]+): .*#\s*(.*)$", source, re.MULTILINE))
+    assert comments.keys() == utils_config.constants(constants).keys()
+    for comment in comments.values():
         assert comment in text
     assert "[breakout]" in text
     assert "[0.00015]" in text
@@ -553,13 +556,16 @@ def test_what_would_fit_is_told_of_the_place_with_the_most_room(monkeypatch):
         ("0::/job/step", {"": ("max", 7_000, 0), "job": (4_000, 3_500, 500), "job/step": ("max", 3_000, 0)}, 1_000),
         ("0::/elsewhere", {"": (6_000, 1_000, 0)}, 5_000),  # a container's own root
         ("3:cpu:/a\n2:memory:/job", {"memory": (2**63 - 1, 0, 0), "memory/job": (4_000, 1_500, 500)}, 3_000),
+        ("2:memory,hugetlb:/", {"memory": (4_000, 1_500, 0)}, 2_500),
+        (None, {}, 8_000),
     ],
 )
-def test_free_memory_is_what_the_machine_and_every_control_group_above_leave(tmp_path, group, files, free):
+def test_free_memory_is_what_the_machine_and_every_control_group_above_leave(monkeypatch, tmp_path, group, files, free):
     (tmp_path / "proc" / "self").mkdir(parents=True)
     (tmp_path / "proc" / "meminfo").write_text("MemTotal: 9999 kB\nMemAvailable: 8000 kB\n")
-    (tmp_path / "proc" / "self" / "cgroup").write_text(f"9:name=systemd:/\n{group}\n")
-    old = "memory" in group
+    if group:
+        (tmp_path / "proc" / "self" / "cgroup").write_text(f"9:name=systemd:/\n{group}\n")
+    old = any(place.startswith("memory") for place in files)
     names = ("limit_in_bytes", "usage_in_bytes") if old else ("max", "current")
     for place, (limit, usage, cache) in files.items():
         directory = tmp_path / "sys" / "fs" / "cgroup" / place
@@ -567,7 +573,12 @@ def test_free_memory_is_what_the_machine_and_every_control_group_above_leave(tmp
         for name, value in zip(names, (limit, usage), strict=True):
             (directory / f"memory.{name}").write_text(f"{value if value == 'max' else 1024 * value}\n")
         (directory / "memory.stat").write_text(f"anon 5\n{'total_' * old}inactive_file {1024 * cache}\n")
+    monkeypatch.setattr(utils_machine.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, 0))
     assert utils_machine.free_bytes(torch.device("cpu"), tmp_path) == 1024 * free
+    (tmp_path / "proc" / "self" / "statm").write_text("3 2 1 1 0 1 0\n")  # pages
+    limit = 3 * os.sysconf("SC_PAGE_SIZE") + 900 * 1024
+    monkeypatch.setattr(utils_machine.resource, "getrlimit", lambda _: (limit, limit))
+    assert utils_machine.free_bytes(torch.device("cpu"), tmp_path) == 900 * 1024
 
 
 @pytest.mark.parametrize(("device", "cores", "threads"), [("cuda", 16, 15), ("cuda", 4, 0), ("cpu", 16, 0)])
@@ -614,7 +625,9 @@ def test_games_that_never_get_far_are_told():
         constants = {**vars(main), "MAX_STEPS": steps, "CHECKPOINT_FREQ": checkpoint_freq, "NUM_ENVS": 4}
         return utils_log.introduction(constants, torch.device("cpu"), "")
 
-    assert "starts anew after 4,499 steps of its own, so its later part is never seen: raise" in introduce(100_000, 4 * 4_499)
+    assert "starts anew after 4,499 steps of its own, so its later part is never seen: raise" in introduce(
+        100_000, 4 * 4_499
+    )
     assert "starts anew" not in introduce(100_000, 4 * 4_500)  # as long as an evaluation's games may last
     assert "starts anew" not in introduce(4 * 4_499, 4 * 4_499)  # over before
 

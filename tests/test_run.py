@@ -729,6 +729,26 @@ def test_an_end_behind_the_checkpoint_is_refused_and_a_later_one_is_not(place):
     assert resume(MAX_STEPS=300) == resume(MAX_STEPS=10_000) == 300
 
 
+def test_an_end_behind_a_checkpoint_of_which_the_record_does_not_know_yet_is_refused(place, monkeypatch):
+    path = place()
+    newest = path.with_name("checkpoint_0000000400")
+    path.rename(newest)
+    with pytest.raises(utils_config.ConfigError, match=r"MAX_STEPS \(350\) is behind this run, whose .* step 400"):
+        resume(MAX_STEPS=350)
+    assert newest.exists()
+
+
+def test_constants_that_come_and_go_are_told(place, monkeypatch):
+    place()
+    with monkeypatch.context() as patch:
+        patch.setitem(main.__annotations__, "EXTRA", int)
+        patch.setattr(main, "EXTRA", 3, raising=False)
+        with pytest.raises(utils_config.ConfigError, match="the run in this directory has no EXTRA, not 3; give it"):
+            resume()
+    changed = utils_record.changed({"OLD": 3, "SEED": 1}, {"SEED": 1})
+    assert changed == "OLD=3, which main.py has no more"
+
+
 def test_a_checkpoint_with_other_constants_under_the_same_record_is_refused(place, capsys):
     path = place()
     state = torch.load(path, weights_only=True)
@@ -859,11 +879,14 @@ def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
 
 @pytest.mark.parametrize("more", ["models/model_001", "models/checkpoint_0000000200", "eval_001.gif", "rewards.txt"])
 @pytest.mark.usefixtures("begun")
-def test_a_run_with_results_makes_no_way(more):
+def test_a_run_with_results_makes_no_way(monkeypatch, more):
     with open(more, "a") as file:
         file.write("  1      200 1.0\n")
     before = files()
-    told = r"has SEED=0, not 1, and GAMMA=0\.99, not 0\.5; give it the same \(it was started with: python .*\), or "
+    told = (
+        r"has SEED=0, not 1, and GAMMA=0\.99, not 0\.5; give it the same \(it was last started with: python .*\), or "
+    )
+    monkeypatch.setattr(sys, "argv", ["main.py", "--SEED=1", "--GAMMA=0.5"])
     with pytest.raises(utils_config.ConfigError, match=told):
         write(20, GAMMA=0.5, SEED=1)
     assert files() == before
