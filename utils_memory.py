@@ -208,14 +208,17 @@ class ReplayMemory:
                 raise ValueError(f"the {name} in the state do not fit a memory of {self.capacity} steps")
             for part, saved in zip(parts, state[name], strict=True):
                 part.copy_(saved)
-        self._ages[min(state["pushed"], self.rows) * self.num_envs :] = 0  # what is not written yet is no transition
+        self._ages[self._filled(state["pushed"]) :] = 0  # what is not written yet is no transition
         self._pushed = state["pushed"]
         self._count.fill_(self._pushed)
 
     def _parts(self, pushed: int) -> dict[str, tuple[Tensor, ...]]:
         """Views of the slots that `pushed` rows have filled."""
-        filled = min(pushed, self.rows) * self.num_envs
-        return {name: getattr(self, f"_{name}")[:filled].split(PART) for name in RING}
+        return {name: getattr(self, f"_{name}")[: self._filled(pushed)].split(PART) for name in RING}
+
+    def _filled(self, pushed: int) -> int:
+        """How many slots `pushed` rows have filled."""
+        return min(pushed, self.rows) * self.num_envs
 
     def _window(self) -> tuple[Tensor, Tensor]:
         """First and past-the-last index of the rows whose stacks and n-step windows are whole."""
@@ -359,8 +362,7 @@ class PrioritizedReplayMemory(ReplayMemory):
     def load_state_dict(self, state: dict) -> None:
         """As of the uniform memory, with the priorities."""
         super().load_state_dict(state)
-        filled = min(self._pushed, self.rows) * self.num_envs
-        self._tree.load_state_dict({"leaves": state["tree"]["leaves"][:filled]})
+        self._tree.load_state_dict({"leaves": state["tree"]["leaves"][: self._filled(self._pushed)]})
 
     @property
     def beta(self) -> float:

@@ -58,8 +58,8 @@ class Record:
             told += f" starts elsewhere; its best model has a mean score of {self.score:.1f}, watch it with: "
             raise Stopped(told + watch(self.models / self.best), 0)
         end = -(-steps // values["NUM_ENVS"]) * values["NUM_ENVS"]  # of the last iteration
-        saved = self.models.glob("checkpoint_" + 10 * "[0-9]") if self.owns_models else ()
-        last = max([self.checkpoint or 0, *(int(path.name[-10:]) for path in saved)])  # a file comes before its record
+        newest = checkpoints(self.models)[-1:] if self.owns_models else []  # a file comes before its record
+        last = max([self.checkpoint or 0, *(int(path.name[-10:]) for path in newest)])
         if end < last:
             raise ConfigError(f"MAX_STEPS ({steps}) is behind this run, whose checkpoint is of step {last}")
         self.constants = values
@@ -127,6 +127,11 @@ def _same(name: str, before: dict, now: dict) -> bool:
 def expand(place: str) -> Path:
     """The directory `place`; ~ is the home directory."""
     return Path(os.path.expanduser(place))
+
+
+def checkpoints(models: Path) -> list[Path]:
+    """Those in the directory `models`, oldest first."""
+    return sorted(models.glob("checkpoint_" + 10 * "[0-9]"))
 
 
 def watch(model: Path) -> str:

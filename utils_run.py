@@ -25,7 +25,7 @@ from utils_config import ConfigError, Stopped, command_line, constants, out_of_m
 from utils_drl import write_whole
 from utils_machine import check_disk, choose_storage, count_memory, describe_start
 from utils_memory import ReplayMemory
-from utils_record import ELSEWHERE, REWARDS, Record, changed, claim, expand, remove
+from utils_record import ELSEWHERE, REWARDS, Record, changed, checkpoints, claim, expand, remove
 from utils_types import Evaluation, best_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the terminal goes, unless under nohup
@@ -97,7 +97,7 @@ class Run:
         """
         self._agent, self._memory = agent, memory
         refused, good = {}, None
-        for path in reversed(self._checkpoints()):
+        for path in reversed(checkpoints(self.models)):
             try:
                 self._load(path)
                 good = path
@@ -188,7 +188,7 @@ class Run:
 
     def stopped(self, cause: str, remedy: str) -> Stopped:
         """The exception that ends the run at this step."""
-        there = self._checkpoints()
+        there = checkpoints(self.models)
         last = f"the last good checkpoint is {there[-1]}" if there else "there is no checkpoint"
         kept = f"; rewards.txt and the models are kept, {last}" if there or self.evaluations or self._step else ""
         return Stopped(f"step {self._step:,}: {cause}{kept}; {remedy}", 1)
@@ -223,10 +223,6 @@ class Run:
     def _path(self, step: int) -> Path:
         return self.models / f"checkpoint_{step:010d}"
 
-    def _checkpoints(self) -> list[Path]:
-        """Those there are, oldest first."""
-        return sorted(self.models.glob("checkpoint_" + 10 * "[0-9]"))
-
     def _save(self) -> None:
         state = {"run": self._record.run, "constants": self._constants, "step": self._step, "minutes": self._minutes()}
         # One at the end of a run may lie off the beat; a longer run has none there, and gives its number to the next.
@@ -240,7 +236,7 @@ class Run:
 
     def _prune(self, kept: int = 2) -> None:
         """Keep the last `kept` checkpoints: the newest, and one for when it turns out damaged."""
-        for old in self._checkpoints()[:-kept]:
+        for old in checkpoints(self.models)[:-kept]:
             old.unlink()
 
     def _load(self, path: Path) -> None:

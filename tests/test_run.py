@@ -215,17 +215,24 @@ def test_a_signal_before_the_first_step_leaves_no_checkpoint(monkeypatch, run_ma
     assert [path.name for path in (tmp_path / "run" / "models").iterdir()] == ["run.id"]
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [(main.Agent, "__init__"), (main.ReplayMemory, "load_state_dict")],
-)
-def test_a_signal_while_a_run_is_taken_up_again_ends_it_at_once(monkeypatch, run_main, tmp_path, owner, name):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
+@pytest.fixture
+def alone_and_killed(monkeypatch, run_main, tmp_path):
+    """Directories of a run that was left alone, and of one that was killed at step 232."""
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
     assert run_main(alone)[0] == 0
     with monkeypatch.context() as patch:
         at_call(patch, main.ReplayMemory, "push", 60, kill)
         with pytest.raises(Killed):
-            run_main(stopped)
+            run_main(killed)
+    return alone, killed
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(main.Agent, "__init__"), (main.ReplayMemory, "load_state_dict")],
+)
+def test_a_signal_while_a_run_is_taken_up_again_ends_it_at_once(monkeypatch, run_main, alone_and_killed, owner, name):
+    alone, stopped = alone_and_killed
     before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
         at_call(patch, owner, name, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -239,13 +246,10 @@ def test_a_signal_while_a_run_is_taken_up_again_ends_it_at_once(monkeypatch, run
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_a_signal_while_games_start_changes_nothing_that_the_run_has_learned(monkeypatch, run_main, tmp_path, again):
-    alone, stopped = tmp_path / "alone", tmp_path / "stopped"
-    assert run_main(alone)[0] == 0
-    with monkeypatch.context() as patch:
-        at_call(patch, main.ReplayMemory, "push", 60, kill)
-        with pytest.raises(Killed):
-            run_main(stopped)
+def test_a_signal_while_games_start_changes_nothing_that_the_run_has_learned(
+    monkeypatch, run_main, alone_and_killed, again
+):
+    alone, stopped = alone_and_killed
     with monkeypatch.context() as patch:  # where the run is taken up again, and after its next checkpoint
         at_call(patch, main.ReplayMemory, "reseed", 1 + again, lambda: os.kill(os.getpid(), signal.SIGINT))
         status, told = run_main(stopped)
@@ -729,7 +733,7 @@ def test_an_end_behind_the_checkpoint_is_refused_and_a_later_one_is_not(place):
     assert resume(MAX_STEPS=300) == resume(MAX_STEPS=10_000) == 300
 
 
-def test_an_end_behind_a_checkpoint_of_which_the_record_does_not_know_yet_is_refused(place, monkeypatch):
+def test_an_end_behind_a_checkpoint_of_which_the_record_does_not_know_yet_is_refused(place):
     path = place()
     newest = path.with_name("checkpoint_0000000400")
     path.rename(newest)
