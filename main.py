@@ -41,7 +41,9 @@ POLICY_UPDATE: int = 8  # steps per update; the usual 4 scored less on Breakout 
 TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target network
 WARM_STEPS: int = 20_000  # steps of play before learning starts, random where EPS_START is 1
 MEM_SIZE: int = 1_000_000  # steps the replay memory keeps, 7.1 kB each, fewer in a shorter run; 100_000 learned less
-LEARNING_RATE: float = 2.5e-4  # of Adam
+LEARNING_RATE: float = 2.5e-4  # of Adam at first ...
+LEARNING_RATE_END: float = 2.5e-4  # ... and in the end ...
+LEARNING_RATE_DECAY: int = 2_000_000  # ... and steps of training in between, linearly
 ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
 PRIORITIZED: bool = True  # replay surprising transitions more often (Schaul et al. 2016)
 ALPHA: float = 0.5  # how much more often: 0 is uniform, 1 in proportion to the TD error
@@ -162,6 +164,8 @@ def make_agent(action_dim: int, device: torch.device, dtype: torch.dtype) -> Age
         device,
         stack_size=STACK_SIZE,
         learning_rate=LEARNING_RATE,
+        learning_rate_end=LEARNING_RATE_END,
+        learning_rate_decay=LEARNING_RATE_DECAY,
         adam_eps=ADAM_EPS,
         eps_start=EPS_START,
         eps_end=EPS_END,

@@ -225,8 +225,8 @@ def _check(c: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"GAME: {error}") from None
     positive = (
-        "MAX_STEPS NUM_ENVS STACK_SIZE FRAME_SKIP EPS_DECAY BETA_STEPS BATCH_SIZE POLICY_UPDATE TARGET_UPDATE "
-        "WARM_STEPS MEM_SIZE N_STEP AVERAGE_STEPS QUANTILES ATOMS EVALUATE_FREQ EVAL_EPISODES"
+        "MAX_STEPS NUM_ENVS STACK_SIZE FRAME_SKIP EPS_DECAY LEARNING_RATE_DECAY BETA_STEPS BATCH_SIZE POLICY_UPDATE "
+        "TARGET_UPDATE WARM_STEPS MEM_SIZE N_STEP AVERAGE_STEPS QUANTILES ATOMS EVALUATE_FREQ EVAL_EPISODES"
     )
     for name in positive.split():
         need(getattr(c, name) >= 1, f"{name} must be at least 1, not {getattr(c, name)}")
@@ -235,7 +235,7 @@ def _check(c: argparse.Namespace) -> None:
         need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
     for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
         need(0 <= getattr(c, name) <= 1, f"{name} must be from 0 to 1, not {getattr(c, name)}")
-    for name in ("LEARNING_RATE", "ADAM_EPS"):
+    for name in ("LEARNING_RATE", "LEARNING_RATE_END", "ADAM_EPS"):
         need(0 < getattr(c, name) < float("inf"), f"{name} must be a positive number, not {getattr(c, name)}")
     need(1e-3 <= c.V_MAX <= 1e6, f"V_MAX must be from 0.001 to 1_000_000, not {c.V_MAX}")
     need(1 in (c.QUANTILES, c.ATOMS), f"QUANTILES ({c.QUANTILES}) or ATOMS ({c.ATOMS}) must be 1")

@@ -61,7 +61,8 @@ STATISTICS = ("loss", "q_value", "td_error", "gradient_norm")  # of an update: m
 class Agent:
     """A DQN agent.
 
-    `epsilon` falls linearly from `eps_start` to `eps_end` over the first `eps_decay` steps acted while training.
+    `epsilon` goes linearly from `eps_start` to `eps_end` over the first `eps_decay` steps acted while training, and
+    `learning_rate` to `learning_rate_end`, where there is one, over the first `learning_rate_decay` of them.
 
     `dtype` is the arithmetic of the networks' bodies: float32, bfloat16, or float64 for the whole agent. With bfloat16
     `policy` and `target` keep their parameters in float32, and a network of rounded copies computes for both; what
@@ -83,6 +84,8 @@ class Agent:
         *,
         stack_size: int = 4,
         learning_rate: float = 6.25e-5,
+        learning_rate_end: float | None = None,
+        learning_rate_decay: int = 1,
         adam_eps: float = 1.5e-4,
         eps_start: float = 1.0,
         eps_end: float = 0.1,
@@ -100,6 +103,8 @@ class Agent:
     ):
         self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
+        self.learning_rate_start, self.learning_rate_decay = learning_rate, learning_rate_decay
+        self.learning_rate_end = learning_rate if learning_rate_end is None else learning_rate_end
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
         self.shape |= {"atoms": atoms, "layer_norm": layer_norm} | ({"v_max": v_max} if atoms > 1 else {})
         self._graphs = Graphs(self.device, graphs)
@@ -124,7 +129,8 @@ class Agent:
         on_gpu = self.device.type == "cuda"
         self._optimizer = torch.optim.Adam(
             [self._weights],
-            lr=learning_rate,
+            # A graph would go on with a number that it was recorded with.
+            lr=torch.tensor(learning_rate, dtype=torch.float64, device=self.device) if on_gpu else learning_rate,
             eps=adam_eps,
             # The fused kernel gives a GPU's processors 65,536 weights each, and most have none: twice the time.
             fused=self.device.type == "cpu",
@@ -149,8 +155,17 @@ class Agent:
     @property
     def epsilon(self) -> float:
         """The probability of a random action now."""
-        done = min(self._trained_steps / self.eps_decay, 1.0)
-        return self.eps_start + (self.eps_end - self.eps_start) * done
+        return self._between(self.eps_start, self.eps_end, self.eps_decay)
+
+    @property
+    def learning_rate(self) -> float:
+        """Adam's learning rate now."""
+        return self._between(self.learning_rate_start, self.learning_rate_end, self.learning_rate_decay)
+
+    def _between(self, start: float, end: float, decay: int) -> float:
+        """What goes linearly from `start` to `end` over `decay` steps of training, now."""
+        done = min(self._trained_steps / decay, 1.0)
+        return start + (end - start) * done
 
     def run(
         self,
@@ -202,6 +217,7 @@ class Agent:
         They are drawn, and valued by the target network, in one go: it does not change in between, and a large forward
         pass costs less than many small ones. Returns the last loss, a scalar on the device, without waiting for it.
         """
+        self._set_learning_rate()
         most = max(LARGEST_DRAW // batch_size, 1)
         for done in range(0, updates, most):
             part = min(most, updates - done)
@@ -212,6 +228,13 @@ class Agent:
                 loss = self._learn(*key)
             self._summed += 1
         return loss
+
+    def _set_learning_rate(self) -> None:
+        group = self._optimizer.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(self.learning_rate)
+        else:
+            group["lr"] = self.learning_rate
 
     def _learn(self, memory, batch_size: int, updates: int) -> Tensor:
         batch = memory.sample(batch_size, updates)

@@ -322,6 +322,22 @@ def test_ten_updates_equal_the_equations(case):
     all_close(snapshot(agent.policy), oracle.parameters)
 
 
+def test_the_learning_rate_follows_the_steps_acted_in_training():
+    options = {"learning_rate": 1e-2, "learning_rate_end": 1e-3, "learning_rate_decay": 8}
+    agent, batch = make_agent(**options), make_batch(4)
+    oracle, memory, states, rates = Oracle(agent), FakeMemory([batch]), batch.states[:2], []
+    for _ in range(6):
+        agent.run(states, training=True)
+        agent.run(states)  # an evaluation is no training
+        rates.append(agent.learning_rate)
+        oracle.lr = rates[-1]
+        agent.learn(memory, BATCH_SIZE)
+        oracle.learn(batch)
+    falling = [1e-2 - 9e-3 * min(2 * n / 8, 1) for n in range(1, 7)]
+    assert rates == pytest.approx(falling, rel=1e-12)
+    all_close(snapshot(agent.policy), oracle.parameters)
+
+
 @pytest.mark.parametrize("case", HALF)
 def test_several_updates_at_once_equal_the_same_updates_one_by_one(case):
     options = case.options | {"dueling": case.dueling}

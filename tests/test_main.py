@@ -161,6 +161,8 @@ ARRIVING = {
     "STACK_SIZE": 3,
     "FRAME_SKIP": 5,
     "LEARNING_RATE": 0.45,
+    "LEARNING_RATE_END": 0.35,
+    "LEARNING_RATE_DECAY": 79,
     "ADAM_EPS": 0.55,
     "EPS_START": 0.9,
     "EPS_END": 0.3,
@@ -202,7 +204,9 @@ EFFECTS = [
     ("PRECISION", "bfloat16"),
     ("STACK_SIZE", 2),
     ("FRAME_SKIP", 3),
-    ("LEARNING_RATE", 1e-3),
+    ("LEARNING_RATE", 1e-2),
+    ("LEARNING_RATE_END", 1e-2),
+    ("LEARNING_RATE_DECAY", 10),
     ("ADAM_EPS", 1e-2),
     ("EPS_START", 0.5),
     ("EPS_END", 0.0),
@@ -246,7 +250,7 @@ SHORT = {"MAX_STEPS": 200}
 
 @pytest.mark.parametrize(("name", "value"), EFFECTS)
 def test_every_constant_changes_what_a_run_does(tiny_run, plain_run, name, value):
-    run = tiny_run(**{**BUSY, **SHORT, name: value, **({"LEARNING_RATE": 1e-2} if name == "LEARNING_RATE" else {})})
+    run = tiny_run(**{**BUSY, **SHORT, name: value})
     mine, plain = run.weights(len(run.models) - 1), plain_run.weights(len(plain_run.models) - 1)
     if run.lines == plain_run.lines and same_shapes(mine, plain):
         assert any(not torch.equal(mine[key], plain[key]) for key in mine)
@@ -414,6 +418,8 @@ BAD = [
     (["--ALPHA=-1"], "ALPHA must be from 0 to 1"),
     (["--BETA_START=7"], "BETA_START must be from 0 to 1"),
     (["--LEARNING_RATE=0"], "LEARNING_RATE must be a positive number"),
+    (["--LEARNING_RATE_END=0"], "LEARNING_RATE_END must be a positive number"),
+    (["--LEARNING_RATE_DECAY=0"], "LEARNING_RATE_DECAY must be at least 1, not 0"),
     (["--ADAM_EPS=nan"], "ADAM_EPS must be a positive number"),
     (["--SEED=-1"], "SEED must be from 0"),
     (["--EVALUATE_FREQ=3"], "EVALUATE_FREQ (3) must be at least NUM_ENVS"),
