@@ -243,6 +243,10 @@ def _check(c: argparse.Namespace) -> None:
     need(0 <= c.SEED < 2**32, f"SEED must be from 0 to 2**32 - 1, not {c.SEED}")
     need(c.EPS_END <= c.EPS_START, f"EPS_END ({c.EPS_END}) must not be above EPS_START ({c.EPS_START})")
     need(
+        c.LEARNING_RATE_END <= c.LEARNING_RATE,
+        f"LEARNING_RATE_END ({c.LEARNING_RATE_END}) must not be above LEARNING_RATE ({c.LEARNING_RATE})",
+    )
+    need(
         c.WARM_STEPS < c.MEM_SIZE,
         f"WARM_STEPS ({c.WARM_STEPS}) must be below MEM_SIZE ({c.MEM_SIZE}), or learning never starts",
     )

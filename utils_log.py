@@ -198,7 +198,7 @@ class Log:
         """Add what happened since the last point to the curves."""
         (before, first), self._point = self._point, (self._clock(), step)
         values = {"speed/steps_per_second": (step - first) / (self._point[0] - before)}
-        values["learning/epsilon"] = self._agent.epsilon
+        values |= {f"learning/{name}": getattr(self._agent, name) for name in ("epsilon", "learning_rate")}
         if learned := self._agent.read_statistics():
             values |= {f"learning/{name}": value for name, value in learned.items()}
             values |= {f"replay/{name}": value for name, value in self._memory.read_statistics().items()}

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -299,6 +300,13 @@ def test_every_recipe_is_one_that_main_accepts_and_the_classic_ones_do_not_follo
     uniform, prioritized = resolved["classic-uniform"], resolved["classic-prioritized"]
     assert (uniform["N_STEP"], uniform["LEARNING_RATE"], uniform["PRIORITIZED"]) == (1, 6.25e-5, False)
     assert prioritized == uniform | {"PRIORITIZED": True}
+
+
+def test_the_line_for_the_classic_recipe_in_the_readme_is_that_recipe(learning):
+    readme = (learning.ROOT / "README.md").read_text()
+    line = re.search(r"python \S+main\.py (--PRIORITIZED=False --DOUBLE_DQN=False[^`]*)```", readme)[1]
+    arguments = line.replace("\\\n", " ").split()
+    assert learning.resolve(arguments) == learning.resolve(learning.flags(learning.RECIPES["classic-uniform"]))
 
 
 def test_no_recipe_is_there_twice(learning):

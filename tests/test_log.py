@@ -44,7 +44,7 @@ class Parts:
     def __init__(self):
         self.evaluations = [Evaluation(0, 0, 0.1, [1.0, 3.0])]
         self.finished_games, self.finished_lives = [], []
-        self.agent = SimpleNamespace(epsilon=0.25, read_statistics=dict)
+        self.agent = SimpleNamespace(epsilon=0.25, learning_rate=0.125, read_statistics=dict)
         self.read_statistics, self.stored = dict, 1_000  # the memory's
 
     def __len__(self) -> int:
@@ -219,6 +219,7 @@ def test_curves_hold_the_means_of_what_happened_between_two_points(parts):
     assert found["learning/q_value"] == [(20_000, 2.0), (30_000, 3.0)]
     assert found["replay/beta"] == [(20_000, pytest.approx(0.4)), (30_000, pytest.approx(0.4))]
     assert found["learning/epsilon"] == [(step, 0.25) for step in (10_000, 20_000, 30_000)]
+    assert found["learning/learning_rate"] == [(step, 0.125) for step in (10_000, 20_000, 30_000)]
     assert found["evaluation/mean"] == [(0, 2.0)]
     assert (found["evaluation/least"], found["evaluation/most"]) == ([(0, 1.0)], [(0, 3.0)])
     assert parts.finished_games == parts.finished_lives == []
@@ -256,7 +257,9 @@ def test_a_run_that_goes_back_to_a_checkpoint_shows_every_step_once(parts):
 def test_a_whole_run_draws_every_curve_and_its_picture(run_main, tmp_path):
     assert run_main(PRIORITIZED=True)[0] == 0
     found = curves()
-    learning = {f"learning/{name}" for name in ("loss", "q_value", "td_error", "gradient_norm", "epsilon")}
+    learning = {
+        f"learning/{name}" for name in ("loss", "q_value", "td_error", "gradient_norm", "epsilon", "learning_rate")
+    }
     names = ("beta", "effective_sample_size", "largest_priority", "mean_priority", "mean_age")
     evaluation = {f"evaluation/{name}" for name in ("mean", "least", "most")}
     assert learning | {f"replay/{name}" for name in names} | evaluation | {"speed/steps_per_second"} <= found.keys()
