@@ -287,6 +287,24 @@ def test_graphs_choose_the_actions_of_the_plain_path_also_after_learning():
 
 
 @pytest.mark.parametrize("graphs", [False, True])
+def test_the_learning_rate_falls_for_what_is_recorded_too(graphs):
+    rates = {"learning_rate": 1e-3, "learning_rate_end": 1e-7, "learning_rate_decay": 8}
+    agent, memory = Agent(4, CUDA, graphs=graphs, **rates), ReplayMemory(600, 8, device=CUDA)
+    for row in rows(50, 8):
+        memory.push(on(CUDA, row))
+
+    def moved() -> float:
+        """How far one more update takes the weight that it takes furthest."""
+        before = {name: weight.clone() for name, weight in agent.policy.state_dict().items()}
+        agent.learn(memory, 32)
+        return max((weight - before[name]).abs().max().item() for name, weight in agent.policy.state_dict().items())
+
+    early = [moved() for _ in range(CudaGraph.WARM_UP + 3)]
+    agent.run(torch.zeros(8, 4, 84, 84, dtype=torch.uint8, device=CUDA), training=True)
+    assert min(early) > 1e-5 > 1e-6 > moved()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("kind", [ReplayMemory, PrioritizedReplayMemory])
 def test_neither_learning_nor_storing_waits_for_the_gpu(kind, graphs):
     agent = Agent(4, CUDA, double_dqn=True, dtype=torch.bfloat16, average_updates=50, graphs=graphs)
