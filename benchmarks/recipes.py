@@ -33,7 +33,7 @@ RECIPES = {  # name: the constants of main.py that it changes, and the question 
     "layer-norm": NORM,  # do normalised layers let the same updates teach more?
     "layer-norm-c51": NORM | {"ATOMS": 51},  # and do distributions of the return go on where others stand still ...
     "shipped-quantiles": QUANTILES,  # ... and as quantiles, slow in their first 400k steps?
-    "classic-uniform": CLASSIC,  # at least 19.0 on Breakout at 800k steps?
+    "classic-uniform": CLASSIC,  # what does DQN reach without any of it, at the usual 4 steps per update?
     "classic-prioritized": PRIORITIZED,  # never below uniform, per step and per minute?
     "prioritized-alpha-0.6": PRIORITIZED | {"ALPHA": 0.6},  # stronger priorities, as Schaul et al. 2016?
     "prioritized-beta-1": PRIORITIZED | {"BETA_START": 1.0},  # full correction all along, nothing annealed?
