@@ -31,7 +31,7 @@ NUM_ENVS: int = 32  # games in step; more of them feed more cores, and have more
 STACK_SIZE: int = 4  # frames the agent sees, so that it sees motion
 FRAME_SKIP: int = 4  # emulator frames per step
 
-# The algorithm: what measured best on Breakout; README.md has the classic recipe of Mnih et al. 2015 as one line
+# The algorithm: what measured best on Breakout; README.md has a classic recipe, after Mnih et al. 2015, as one line
 GAMMA: float = 0.99  # discount per step
 EPS_START: float = 1.0  # probability of a random action at first, and until learning starts
 EPS_END: float = 0.01  # probability of a random action in the end
@@ -42,8 +42,8 @@ TARGET_UPDATE: int = 8_000  # steps between copies of the policy into the target
 WARM_STEPS: int = 20_000  # steps of play before learning starts, random where EPS_START is 1
 MEM_SIZE: int = 1_000_000  # steps the replay memory keeps, 7.1 kB each, fewer in a shorter run; 100_000 learned less
 LEARNING_RATE: float = 2.5e-4  # of Adam at first ...
-LEARNING_RATE_END: float = 2.5e-4  # ... and in the end ...
-LEARNING_RATE_DECAY: int = 2_000_000  # ... and steps of training in between, linearly
+LEARNING_RATE_END_FACTOR: float = 1.0  # ... times this in the end ...
+LEARNING_RATE_DECAY: int = 2_000_000  # ... and steps of training until then, linearly
 ADAM_EPS: float = 1.5e-4  # of Adam; large, so that rare small gradients do not become large steps
 PRIORITIZED: bool = True  # replay surprising transitions more often (Schaul et al. 2016)
 ALPHA: float = 0.5  # how much more often: 0 is uniform, 1 in proportion to the TD error
@@ -99,7 +99,7 @@ def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: 
         """Play, save and note the evaluation that is due after `step`, if there is one."""
         if not (due(step, EVALUATE_FREQ) or step >= MAX_STEPS) or run.evaluated(step):
             return
-        number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))
+        number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))  # a last one off the beat has the next number
         log.settle(step)
         with log.pause(step, "evaluating the network"):
             run.check(step, loss, weights=True)
@@ -141,7 +141,7 @@ def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: 
                 log.settle(step)
                 with log.pause(step, "writing a checkpoint"):
                     run.save(step, loss)
-                states, row = restart(step)
+                states, row = restart(step)  # the row in hand is given up: its games end here
 
 
 def make_env(device: torch.device) -> AtariEnv:
@@ -164,7 +164,7 @@ def make_agent(action_dim: int, device: torch.device, dtype: torch.dtype) -> Age
         device,
         stack_size=STACK_SIZE,
         learning_rate=LEARNING_RATE,
-        learning_rate_end=LEARNING_RATE_END,
+        learning_rate_end_factor=LEARNING_RATE_END_FACTOR,
         learning_rate_decay=LEARNING_RATE_DECAY,
         adam_eps=ADAM_EPS,
         eps_start=EPS_START,

@@ -235,17 +235,15 @@ def _check(c: argparse.Namespace) -> None:
         need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
     for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
         need(0 <= getattr(c, name) <= 1, f"{name} must be from 0 to 1, not {getattr(c, name)}")
-    for name in ("LEARNING_RATE", "LEARNING_RATE_END", "ADAM_EPS"):
+    for name in ("LEARNING_RATE", "ADAM_EPS"):
         need(0 < getattr(c, name) < float("inf"), f"{name} must be a positive number, not {getattr(c, name)}")
+    factor = c.LEARNING_RATE_END_FACTOR
+    need(0 < factor <= 1, f"LEARNING_RATE_END_FACTOR must be above 0 and at most 1, not {factor}")
     need(1e-3 <= c.V_MAX <= 1e6, f"V_MAX must be from 0.001 to 1_000_000, not {c.V_MAX}")
     need(1 in (c.QUANTILES, c.ATOMS), f"QUANTILES ({c.QUANTILES}) or ATOMS ({c.ATOMS}) must be 1")
     need(0 <= c.THREADS <= 1024, f"THREADS must be from 0 to 1024, not {c.THREADS}")
     need(0 <= c.SEED < 2**32, f"SEED must be from 0 to 2**32 - 1, not {c.SEED}")
     need(c.EPS_END <= c.EPS_START, f"EPS_END ({c.EPS_END}) must not be above EPS_START ({c.EPS_START})")
-    need(
-        c.LEARNING_RATE_END <= c.LEARNING_RATE,
-        f"LEARNING_RATE_END ({c.LEARNING_RATE_END}) must not be above LEARNING_RATE ({c.LEARNING_RATE})",
-    )
     need(
         c.WARM_STEPS < c.MEM_SIZE,
         f"WARM_STEPS ({c.WARM_STEPS}) must be below MEM_SIZE ({c.MEM_SIZE}), or learning never starts",
@@ -261,11 +259,15 @@ def _check(c: argparse.Namespace) -> None:
         least <= c.WARM_STEPS,
         f"WARM_STEPS ({c.WARM_STEPS}) is too small for NUM_ENVS ({c.NUM_ENVS}): it must be at least {least}",
     )
-    for name in ("EVALUATE_FREQ", "TARGET_UPDATE", "CHECKPOINT_FREQ"):
+    for name in ("EVALUATE_FREQ", "TARGET_UPDATE"):
         every = getattr(c, name)
         need(
             every >= c.NUM_ENVS, f"{name} ({every}) must be at least NUM_ENVS ({c.NUM_ENVS}), the steps of an iteration"
         )
+    need(
+        c.CHECKPOINT_FREQ >= 2 * c.NUM_ENVS,
+        f"CHECKPOINT_FREQ ({c.CHECKPOINT_FREQ}) must be at least twice NUM_ENVS ({c.NUM_ENVS}): games restart there",
+    )
     need(c.PRECISION in DTYPES, f"PRECISION must be one of {', '.join(DTYPES)}, not {c.PRECISION!r}")
 
 

@@ -26,20 +26,20 @@ def chosen(actions: Tensor, outputs: Tensor) -> Tensor:
     return outputs.gather(1, actions[:, None, None].expand(-1, 1, outputs.shape[2])).squeeze(1)
 
 
-def flatten(parameters: Iterable[torch.nn.Parameter]) -> torch.nn.Parameter:
+def flatten(parameters: Iterable[torch.nn.Parameter], gradients: bool = False) -> torch.nn.Parameter:
     """Move `parameters` of one type into one flat parameter, so that what is done to all of them is one operation.
 
-    Those that learn get a gradient of zeros, which is a part of the flat one's, in their shape and memory layout.
+    With `gradients` each gets one of zeros, which is a part of the flat one's, in its shape and memory layout.
     """
     parameters = list(parameters)
     flat = torch.nn.Parameter(parameters[0].new_empty(sum(parameter.numel() for parameter in parameters)))
     flat.requires_grad_(parameters[0].requires_grad)
-    flat.grad = torch.zeros_like(flat) if flat.requires_grad else None
+    flat.grad = torch.zeros_like(flat) if gradients else None
     offset = 0
     for parameter in parameters:
         layout = parameter.shape, parameter.stride(), offset
         parameter.data = flat.detach().as_strided(*layout).copy_(parameter.detach())
-        parameter.grad = None if flat.grad is None else flat.grad.as_strided(*layout)
+        parameter.grad = flat.grad.as_strided(*layout) if gradients else None
         offset += parameter.numel()
     return flat
 
@@ -62,7 +62,7 @@ class Agent:
     """A DQN agent.
 
     `epsilon` goes linearly from `eps_start` to `eps_end` over the first `eps_decay` steps acted while training, and
-    `learning_rate` to `learning_rate_end`, where there is one, over the first `learning_rate_decay` of them.
+    `learning_rate` to its `learning_rate_end_factor` over the first `learning_rate_decay` of them.
 
     `dtype` is the arithmetic of the networks' bodies: float32, bfloat16, or float64 for the whole agent. With bfloat16
     `policy` and `target` keep their parameters in float32, and a network of rounded copies computes for both; what
@@ -84,7 +84,7 @@ class Agent:
         *,
         stack_size: int = 4,
         learning_rate: float = 6.25e-5,
-        learning_rate_end: float | None = None,
+        learning_rate_end_factor: float = 1.0,
         learning_rate_decay: int = 1,
         adam_eps: float = 1.5e-4,
         eps_start: float = 1.0,
@@ -103,8 +103,8 @@ class Agent:
     ):
         self.action_dim, self.device, self.double_dqn = action_dim, torch.device(device), double_dqn
         self.eps_start, self.eps_end, self.eps_decay = eps_start, eps_end, eps_decay
-        self.learning_rate_start, self.learning_rate_decay = learning_rate, learning_rate_decay
-        self.learning_rate_end = learning_rate if learning_rate_end is None else learning_rate_end
+        self.learning_rate_start, self.learning_rate_end = learning_rate, learning_rate * learning_rate_end_factor
+        self.learning_rate_decay = learning_rate_decay
         self.shape = {"action_dim": action_dim, "stack_size": stack_size, "dueling": dueling, "quantiles": quantiles}
         self.shape |= {"atoms": atoms, "layer_norm": layer_norm} | ({"v_max": v_max} if atoms > 1 else {})
         self._graphs = Graphs(self.device, graphs)
@@ -115,7 +115,7 @@ class Agent:
             self.policy, self.target = (DQN(**self.shape, dtype=exact).to(self.device) for _ in range(2))
             self._rounded = None if dtype == exact else DQN(**self.shape, dtype=dtype).to(self.device)
         self.target.requires_grad_(False)
-        self._weights, self._targets = (flatten(network.parameters()) for network in (self.policy, self.target))
+        self._weights, self._targets = flatten(self.policy.parameters(), True), flatten(self.target.parameters())
         self._flat = {self.policy: self._weights, self.target: self._targets}
         rounded = [] if self._rounded is None else self._rounded.parameters()
         self._parts = [flatten(alike) for _, alike in groupby(rounded, key=lambda parameter: parameter.dtype)]
@@ -155,16 +155,16 @@ class Agent:
     @property
     def epsilon(self) -> float:
         """The probability of a random action now."""
-        return self._between(self.eps_start, self.eps_end, self.eps_decay)
+        return self._annealed(self.eps_start, self.eps_end, self.eps_decay)
 
     @property
     def learning_rate(self) -> float:
         """Adam's learning rate now."""
-        return self._between(self.learning_rate_start, self.learning_rate_end, self.learning_rate_decay)
+        return self._annealed(self.learning_rate_start, self.learning_rate_end, self.learning_rate_decay)
 
-    def _between(self, start: float, end: float, decay: int) -> float:
-        """What goes linearly from `start` to `end` over `decay` steps of training, now."""
-        done = min(self._trained_steps / decay, 1.0)
+    def _annealed(self, start: float, end: float, steps: int) -> float:
+        """What goes linearly from `start` to `end` over the first `steps` of training, now."""
+        done = min(self._trained_steps / steps, 1.0)
         return start + (end - start) * done
 
     def run(

@@ -232,8 +232,8 @@ class AtariEnv:
         """Raw scores [episodes] of whole games (all lives), played side by side with `agent.run` at `epsilon`.
 
         The games start with up to 30 random no-ops and end after `max_frames` frames. They have emulators and random
-        numbers of their own, from `seed`: training goes on as if nothing had happened. With `record`, `get_frame` then
-        shows the first of them.
+        numbers of their own, from `seed`: training goes on as if nothing had happened. With `record`,
+        `get_recording` then plays the first of them again.
         """
         if episodes < 1:
             raise ValueError(f"an evaluation needs at least 1 game, not {episodes}")
@@ -242,6 +242,7 @@ class AtariEnv:
         scores = np.full(episodes, np.nan)
         played = []
         states, _ = games.reset(seed)
+        games.finished_games.clear()  # of an evaluation that was interrupted
         while np.isnan(scores).any():
             games.send(agent.run(states, epsilon=epsilon, rng=rng))
             if np.isnan(scores[0]):

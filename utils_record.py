@@ -84,9 +84,7 @@ def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], obj
     there, new = _read(), Record(uuid.uuid4().hex, values)
     if there and (change := changed(there.constants, values)):
         if not _discard(there, find_room):
-            last = there.starts[-1]["command"] if there.starts else command_line()
-            hint = f" (it was last started with: {last})" if last != command_line() else ""
-            raise ConfigError(f"the run in this directory has {change}; give it the same{hint}, or {ELSEWHERE}")
+            raise ConfigError(f"the run in this directory has {change}; {_same_again(there, values)}, or {ELSEWHERE}")
         print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
         there = None
     if there:
@@ -109,6 +107,16 @@ def changed(before: dict, now: dict) -> str:
     was = {name: f"{name}={before[name]}" if name in before else f"no {name}" for name in names}
     is_now = {name: f"not {now[name]}" if name in now else "which main.py has no more" for name in names}
     return ", and ".join(f"{was[name]}, {is_now[name]}" for name in names)
+
+
+def _same_again(there: Record, values: dict) -> str:
+    """How the run `there`, whose constants are not `values`, could go on."""
+    last = there.starts[-1] if there.starts else {"command": command_line(), "commit": None}
+    if there.constants.keys() != values.keys():
+        commit = f" (commit {last['commit']})" if last["commit"] else ""
+        return f"go on with the version of this program that began it{commit}"
+    hint = f" (it was last started with: {last['command']})" if last["command"] != command_line() else ""
+    return f"give it the same{hint}"
 
 
 def _same(name: str, before: dict, now: dict) -> bool:

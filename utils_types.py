@@ -23,9 +23,10 @@ class Transition(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Transitions to learn from. The TD target is `returns + discounts * max Q(next_states)` in every variant.
+    """Transitions to learn from. The TD target is `returns + discounts * Q`, of the best action in `next_states`.
 
-    With ATOMS that holds for each atom, and no further than V_MAX.
+    Q is the target network's, and which action is best is for the policy to say in Double DQN, else for the target
+    network. With ATOMS that holds for each atom, and no further than V_MAX.
     """
 
     states: Tensor  # [B, S, H, W] uint8

@@ -323,7 +323,7 @@ def test_ten_updates_equal_the_equations(case):
 
 
 def test_the_learning_rate_follows_the_steps_acted_in_training():
-    options = {"learning_rate": 1e-2, "learning_rate_end": 1e-3, "learning_rate_decay": 8}
+    options = {"learning_rate": 1e-2, "learning_rate_end_factor": 0.1, "learning_rate_decay": 8}
     agent, batch = make_agent(**options), make_batch(4)
     oracle, memory, states, rates = Oracle(agent), FakeMemory([batch]), batch.states[:2], []
     for _ in range(6):

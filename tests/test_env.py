@@ -589,6 +589,31 @@ def test_the_same_seed_gives_the_same_evaluation_and_another_seed_another():
     assert not torch.equal(states[:100, 0], states[:100, 1])  # the games of one evaluation differ
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_evaluation_that_is_interrupted_at_any_step_leaves_the_next_one_as_it_was(monkeypatch, when):
+    env, agent, most = AtariEnv("breakout", 1), RandomAgent(4), 40
+    expected = env.evaluate(agent, 2, 0.05, seed=7, max_frames=most)
+    receive, steps = AtariEnv.recv, len(agent.states)
+    assert steps in (10, 11)
+    for last in range(1, steps + 1):
+        left = itertools.count(1 - last)
+
+        def recv(games, left=left):
+            rest = next(left)
+            if when == "before" and not rest:
+                raise KeyboardInterrupt
+            received = receive(games)
+            if not rest:
+                raise KeyboardInterrupt
+            return received
+
+        with monkeypatch.context() as patch:
+            patch.setattr(AtariEnv, "recv", recv)
+            with pytest.raises(KeyboardInterrupt):
+                env.evaluate(agent, 2, 0.05, seed=7, max_frames=most)
+        assert np.array_equal(env.evaluate(agent, 2, 0.05, seed=7, max_frames=most), expected)
+
+
 # ---- pictures
 
 

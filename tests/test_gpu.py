@@ -288,7 +288,7 @@ def test_graphs_choose_the_actions_of_the_plain_path_also_after_learning():
 
 @pytest.mark.parametrize("graphs", [False, True])
 def test_the_learning_rate_falls_for_what_is_recorded_too(graphs):
-    rates = {"learning_rate": 1e-3, "learning_rate_end": 1e-7, "learning_rate_decay": 8}
+    rates = {"learning_rate": 1e-3, "learning_rate_end_factor": 1e-4, "learning_rate_decay": 8}
     agent, memory = Agent(4, CUDA, graphs=graphs, **rates), ReplayMemory(600, 8, device=CUDA)
     for row in rows(50, 8):
         memory.push(on(CUDA, row))

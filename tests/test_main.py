@@ -161,7 +161,7 @@ ARRIVING = {
     "STACK_SIZE": 3,
     "FRAME_SKIP": 5,
     "LEARNING_RATE": 0.45,
-    "LEARNING_RATE_END": 0.35,
+    "LEARNING_RATE_END_FACTOR": 0.35,
     "LEARNING_RATE_DECAY": 79,
     "ADAM_EPS": 0.55,
     "EPS_START": 0.9,
@@ -205,7 +205,7 @@ EFFECTS = [
     ("STACK_SIZE", 2),
     ("FRAME_SKIP", 3),
     ("LEARNING_RATE", 1e-2),
-    ("LEARNING_RATE_END", 1e-5),
+    ("LEARNING_RATE_END_FACTOR", 1.0),
     ("LEARNING_RATE_DECAY", 10),
     ("ADAM_EPS", 1e-2),
     ("EPS_START", 0.5),
@@ -244,7 +244,8 @@ def plain_run(tmp_path_factory):
 
 
 # Enough updates, and few enough random actions, for any constant to leave a trace, in a run that is soon over.
-BUSY = {"PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3, "EPS_DECAY": 300, "EPS_END": 0.5}
+BUSY = {"PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3, "LEARNING_RATE_END_FACTOR": 0.1}
+BUSY |= {"EPS_DECAY": 300, "EPS_END": 0.5}
 SHORT = {"MAX_STEPS": 200}
 
 
@@ -418,13 +419,13 @@ BAD = [
     (["--ALPHA=-1"], "ALPHA must be from 0 to 1"),
     (["--BETA_START=7"], "BETA_START must be from 0 to 1"),
     (["--LEARNING_RATE=0"], "LEARNING_RATE must be a positive number"),
-    (["--LEARNING_RATE_END=0"], "LEARNING_RATE_END must be a positive number"),
-    (["--LEARNING_RATE=1e-5"], "LEARNING_RATE_END (0.00025) must not be above LEARNING_RATE (1e-05)"),
+    (["--LEARNING_RATE_END_FACTOR=0"], "LEARNING_RATE_END_FACTOR must be above 0 and at most 1, not 0.0"),
+    (["--LEARNING_RATE_END_FACTOR=1.1"], "LEARNING_RATE_END_FACTOR must be above 0 and at most 1, not 1.1"),
     (["--LEARNING_RATE_DECAY=0"], "LEARNING_RATE_DECAY must be at least 1, not 0"),
     (["--ADAM_EPS=nan"], "ADAM_EPS must be a positive number"),
     (["--SEED=-1"], "SEED must be from 0"),
     (["--EVALUATE_FREQ=3"], "EVALUATE_FREQ (3) must be at least NUM_ENVS"),
-    (["--CHECKPOINT_FREQ=3"], "CHECKPOINT_FREQ (3) must be at least NUM_ENVS"),
+    (["--NUM_ENVS=4", "--CHECKPOINT_FREQ=7"], "CHECKPOINT_FREQ (7) must be at least twice NUM_ENVS (4)"),
     (["--PRECISION=float8"], "PRECISION must be one of"),
     (["--DEVICE=tpu"], "DEVICE 'tpu'"),
     (["--DEVICE=meta"], "DEVICE 'meta'"),

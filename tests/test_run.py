@@ -747,7 +747,7 @@ def test_constants_that_come_and_go_are_told(place, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(main.__annotations__, "EXTRA", int)
         patch.setattr(main, "EXTRA", 3, raising=False)
-        with pytest.raises(utils_config.ConfigError, match="the run in this directory has no EXTRA, not 3; give it"):
+        with pytest.raises(utils_config.ConfigError, match="has no EXTRA, not 3; go on with the version of this"):
             resume()
     changed = utils_record.changed({"OLD": 3, "SEED": 1}, {"SEED": 1})
     assert changed == "OLD=3, which main.py has no more"
