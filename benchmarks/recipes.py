@@ -12,7 +12,7 @@ CLASSIC = {
 # fmt: on
 PRIORITIZED = CLASSIC | {"PRIORITIZED": True}
 FAST = CLASSIC | {"WARM_STEPS": 20_000, "TARGET_UPDATE": 8_000, "EPS_END": 0.01, "EPS_DECAY": 250_000}
-QUANTILES = {"QUANTILES": 64, "LEARNING_RATE": 1e-4}
+QUANTILES = {"QUANTILES": 64, "LEARNING_RATE": 1e-4, "LEARNING_RATE_END_FACTOR": 1.0}
 FULL = FAST | QUANTILES | {"PRIORITIZED": True, "DOUBLE_DQN": True, "N_STEP": 3}
 NORM = {"LAYER_NORM": True, "ADAM_EPS": 1e-8}
 BOLD = FULL | {"QUANTILES": 1, "LEARNING_RATE": 2.5e-4}
@@ -22,8 +22,10 @@ RECIPES = {  # name: the constants of main.py that it changes, and the question 
     "shipped-uniform": {"PRIORITIZED": False},  # what do priorities add to the defaults, per step and per minute?
     "update-4": {"POLICY_UPDATE": 4},  # do twice as many updates, as is usual, bring more ...
     "update-16": {"POLICY_UPDATE": 16},  # ... or are half as many enough?
-    # does a bold rate that falls learn as soon as a bold one, and go on as long as a careful one?
-    "falling-rate": {"LEARNING_RATE": 5e-4, "LEARNING_RATE_END_FACTOR": 0.2, "LEARNING_RATE_DECAY": 2_000_000},
+    # does a rate that falls learn as soon as a bold one ...
+    "bold-rate": {"LEARNING_RATE": 5e-4, "LEARNING_RATE_END_FACTOR": 1.0},
+    # ... and go on as long as one that was careful all along?
+    "careful-rate": {"LEARNING_RATE": 2.5e-4, "LEARNING_RATE_END_FACTOR": 1.0},
     "layer-norm": NORM,  # do normalised layers let the same updates teach more?
     "layer-norm-c51": NORM | {"ATOMS": 51},  # and do distributions of the return go on where others stand still ...
     "shipped-quantiles": QUANTILES,  # ... and as quantiles, slow in their first 400k steps?
