@@ -7,7 +7,7 @@ each recipe a new network learns them with the agent's own learning step, from b
 how much of the targets' variance it has left unexplained as it goes on, on 2,048 draws from the same memory. That takes
 a minute where a run takes an hour; of what a moving target does to learning it says nothing, nor of states never seen.
 CHECKPOINT and MODEL are files of one run, of any game. Of a recipe only what makes the network and its updates counts:
-LEARNING_RATE, ADAM_EPS, BATCH_SIZE, DUELING, LAYER_NORM, QUANTILES, ATOMS, V_MAX and SEED.
+LEARNING_RATE (which does not fall here), ADAM_EPS, BATCH_SIZE, DUELING, LAYER_NORM, QUANTILES, ATOMS, V_MAX and SEED.
 """
 
 import argparse

@@ -14,8 +14,8 @@ PRIORITIZED = CLASSIC | {"PRIORITIZED": True}
 FAST = CLASSIC | {"WARM_STEPS": 20_000, "TARGET_UPDATE": 8_000, "EPS_END": 0.01, "EPS_DECAY": 250_000}
 QUANTILES = {"QUANTILES": 64, "LEARNING_RATE": 1e-4, "LEARNING_RATE_END_FACTOR": 1.0}
 FULL = FAST | QUANTILES | {"PRIORITIZED": True, "DOUBLE_DQN": True, "N_STEP": 3}
-NORM = {"LAYER_NORM": True, "ADAM_EPS": 1e-8}
-BOLD = FULL | {"QUANTILES": 1, "LEARNING_RATE": 2.5e-4}
+NORM = {"LAYER_NORM": True, "ADAM_EPS": 1e-8, "LEARNING_RATE": 2.5e-4, "LEARNING_RATE_END_FACTOR": 1.0}
+CLASSIC_LOSS = FULL | {"QUANTILES": 1, "LEARNING_RATE": 2.5e-4}
 
 RECIPES = {  # name: the constants of main.py that it changes, and the question it is to answer
     "shipped": {},  # what do the defaults reach?
@@ -48,8 +48,8 @@ RECIPES = {  # name: the constants of main.py that it changes, and the question 
     "full-uniform": FULL | {"PRIORITIZED": False},  # ... and what is lost without priorities ...
     "full-one-step": FULL | {"N_STEP": 1},  # ... without the longer returns ...
     "full-classic-loss": FULL | {"QUANTILES": 1, "LEARNING_RATE": 6.25e-5},  # ... without quantiles ...
-    "full-classic-loss-lr-2.5e-4": BOLD,  # at a bolder rate, and then with a fresher target?
-    "full-classic-loss-target-2k": BOLD | {"TARGET_UPDATE": 2_000},
+    "full-classic-loss-lr-2.5e-4": CLASSIC_LOSS,  # at 2.5e-4, and then with a fresher target?
+    "full-classic-loss-target-2k": CLASSIC_LOSS | {"TARGET_UPDATE": 2_000},
     "full-memory-1M": FULL | {"MEM_SIZE": 1_000_000},  # do quantiles break away once nothing is forgotten?
     "full-lr-6.25e-5": FULL | {"LEARNING_RATE": 6.25e-5},  # do quantiles want the classic rate?
     "full-target-2k": FULL | {"TARGET_UPDATE": 2_000},  # does a fresher target pay in a short run?

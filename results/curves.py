@@ -8,11 +8,12 @@ from matplotlib.ticker import EngFormatter
 
 HERE = Path(__file__).parent
 RUNS = {
-    "the defaults": ["breakout-averaged-2M/seed-2.txt"],
-    "the defaults, LEARNING_RATE=5e-4": ["breakout-rate-5e-4/seed-2.txt"],
-    "the defaults, no averages": ["breakout-average/seed-1.txt", "breakout-2M/shipped.txt"],
-    "C51 upon layer norms, no averages": ["breakout-c51/seed-0.txt", "breakout-c51/seed-1.txt"],
-    "an update every 4 steps, no averages": ["breakout-2M/update-4.txt", "breakout-recipes/update-4.txt"],
+    "the defaults": ["falling-rate/seed-2.txt"],
+    "constant rate of 5e-4": ["breakout-rate-5e-4/seed-2.txt"],
+    "constant rate of 2.5e-4": ["breakout-averaged-2M/seed-2.txt"],
+    "2.5e-4, no averages": ["breakout-average/seed-1.txt", "breakout-2M/shipped.txt"],
+    "2.5e-4, no averages, C51 upon layer norms": ["breakout-c51/seed-0.txt", "breakout-c51/seed-1.txt"],
+    "2.5e-4, no averages, an update every 4 steps": ["breakout-2M/update-4.txt", "breakout-recipes/update-4.txt"],
     "classic, prioritized": ["breakout-recipes/classic-prioritized.txt"],
     "classic, uniform": ["breakout-recipes/classic-uniform.txt"],
 }

@@ -295,10 +295,12 @@ open("signals", "a").write("saved")
 def test_every_recipe_is_one_that_main_accepts_and_the_classic_ones_do_not_follow_its_defaults(learning, monkeypatch):
     monkeypatch.setattr(main, "N_STEP", 3)
     monkeypatch.setattr(main, "LEARNING_RATE", 1e-3)
+    monkeypatch.setattr(main, "LEARNING_RATE_END_FACTOR", 0.5)
     resolved = {name: learning.resolve(learning.flags(constants)) for name, constants in learning.RECIPES.items()}
     assert resolved["shipped"]["N_STEP"] == 3
     uniform, prioritized = resolved["classic-uniform"], resolved["classic-prioritized"]
     assert (uniform["N_STEP"], uniform["LEARNING_RATE"], uniform["PRIORITIZED"]) == (1, 6.25e-5, False)
+    assert uniform["LEARNING_RATE_END_FACTOR"] == 1.0
     assert prioritized == uniform | {"PRIORITIZED": True}
 
 
