@@ -114,7 +114,7 @@ def _same_again(there: Record, values: dict) -> str:
     last = there.starts[-1] if there.starts else {"command": command_line(), "commit": None}
     if there.constants.keys() != values.keys():
         commit = f" (commit {last['commit']})" if last["commit"] else ""
-        return f"go on with the version of this program that began it{commit}"
+        return f"go on with the version of this program that it ran with{commit}"
     hint = f" (it was last started with: {last['command']})" if last["command"] != command_line() else ""
     return f"give it the same{hint}"
 

@@ -744,10 +744,13 @@ def test_an_end_behind_a_checkpoint_of_which_the_record_does_not_know_yet_is_ref
 
 def test_constants_that_come_and_go_are_told(place, monkeypatch):
     place()
+    commit = json.loads(Path("run.json").read_text())["starts"][-1]["commit"]
+    told = f" (commit {commit})" if commit else ""
     with monkeypatch.context() as patch:
         patch.setitem(main.__annotations__, "EXTRA", int)
         patch.setattr(main, "EXTRA", 3, raising=False)
-        with pytest.raises(utils_config.ConfigError, match="has no EXTRA, not 3; go on with the version of this"):
+        sentence = f"has no EXTRA, not 3; go on with the version of this program that it ran with{told}, or "
+        with pytest.raises(utils_config.ConfigError, match=re.escape(sentence)):
             resume()
     changed = utils_record.changed({"OLD": 3, "SEED": 1}, {"SEED": 1})
     assert changed == "OLD=3, which main.py has no more"
