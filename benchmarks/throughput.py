@@ -1,6 +1,7 @@
 """Where the time goes: emulators, learner, memory and the whole loop, measured in one run.
 
-    python benchmarks/throughput.py [--recipe NAME] [--peers] [--json FILE] [--rounds N] [--CONSTANT=value ...]
+    python benchmarks/throughput.py [--recipe NAME] [--peers] [--only PART ...] [--json FILE] [--rounds N]
+                                    [--CONSTANT=value ...]
 
 Every part is measured once per round, the parts in turn, so that a machine whose speed wanders troubles all alike. The
 table gives medians over the rounds with the smallest and largest. What is measured is the classic recipe or another of
@@ -41,6 +42,12 @@ WINDOW = 6.0  # seconds of each measurement
 SLOTS = (100_000, 1_000_000)  # of the memories measured alone
 LENGTH = 1_000_000  # steps of a run of which the loop is measured ...
 WARM = 4_000  # ... after so many
+RATIOS = {  # name: one part, divided by the least of the others
+    "prioritized / uniform, loop": ("loop_prioritized", "loop_uniform"),
+    "loop / slower of its parts": ("loop_uniform", "emulators", "learner_uniform"),
+    "loop / Stable-Baselines3": ("loop_uniform", "sb3"),
+    "the same, both in float32": ("loop_float32", "sb3"),
+}
 
 
 def bench() -> None:
@@ -48,6 +55,7 @@ def bench() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, default="classic-uniform", metavar="NAME")
     parser.add_argument("--peers", action="store_true", help="measure Stable-Baselines3 too")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="of the table's lines, and of the memories none")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part (default 3)")
     arguments, overrides = parser.parse_known_args()
@@ -75,8 +83,11 @@ def bench() -> None:
     if arguments.peers:
         parts["loop_float32"] = lambda: loop(False, PRECISION="float32")
         parts["sb3"] = stable_baselines3
+    if unknown := [name for name in arguments.only or [] if name not in parts]:
+        parser.error(f"--only {unknown[0]}: the parts are {', '.join(parts)}")
+    parts = {name: measure for name, measure in parts.items() if name in (arguments.only or parts)}
     memories = {}  # first, because these may not fit
-    for slots in SLOTS:
+    for slots in [] if arguments.only else SLOTS:
         try:
             memories[slots] = memory_times(device, slots)
         except (utils_config.ConfigError, OSError) as error:  # the second from a full disk
@@ -260,18 +271,16 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
     print(f"{'':22}{'steps/s':>9}{'least':>9}{'most':>9}")
     for name, values in rates.items():
         print(f"{name:22}{middle[name]:9.0f}{min(values):9.0f}{max(values):9.0f}")
-    slower = min(middle["emulators"], middle["learner_uniform"])
     ratios = {
-        "prioritized / uniform, loop": middle["loop_prioritized"] / middle["loop_uniform"],
-        "loop / slower of its parts": middle["loop_uniform"] / slower,
+        name: middle[part] / min(middle[other] for other in others)
+        for name, (part, *others) in RATIOS.items()
+        if {part, *others} <= middle.keys()
     }
-    if "sb3" in middle:
-        ratios["loop / Stable-Baselines3"] = middle["loop_uniform"] / middle["sb3"]
-        ratios["the same, both in float32"] = middle["loop_float32"] / middle["sb3"]
     print()
     for name, value in ratios.items():
         print(f"{name:30}{value:7.2f}")
-    print(f"\n{'microseconds':22}" + "".join(f"{name:>20}" for name in next(iter(memories.values()), [])))
+    if memories:
+        print(f"\n{'microseconds':22}" + "".join(f"{name:>20}" for name in next(iter(memories.values()))))
     for slots, times in memories.items():
         print(f"{slots:<22,}" + "".join(f"{value:20.0f}" for value in times.values()))
     about = machine(device)

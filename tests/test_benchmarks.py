@@ -100,6 +100,18 @@ def test_the_throughput_benchmark_prints_its_table_and_writes_every_figure(throu
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 
+def test_the_throughput_benchmark_measures_only_what_it_is_asked_for(throughput, capsys):
+    throughput("--json=figures.json", "--only", "loop_uniform", "loop_prioritized")
+    figures, table = json.loads(Path("figures.json").read_text()), capsys.readouterr().out
+    assert {name for name, value in figures.items() if "steps_per_s" in value} == {"loop_uniform", "loop_prioritized"}
+    assert list(figures["ratios"]) == ["prioritized / uniform, loop"]
+    assert figures["memory_microseconds"] == {}
+    assert "microseconds" not in table
+    with pytest.raises(SystemExit, match="2"):
+        throughput("--only", "loop")
+    assert "error: --only loop: the parts are emulators, acting," in capsys.readouterr().err
+
+
 def test_the_throughput_benchmark_looks_for_room_before_it_begins(throughput, monkeypatch, capsys):
     monkeypatch.setattr(utils_machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 9e9, 1e8))
     with pytest.raises(SystemExit, match="2"):
