@@ -55,7 +55,7 @@ def bench() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", choices=RECIPES, default="classic-uniform", metavar="NAME")
     parser.add_argument("--peers", action="store_true", help="measure Stable-Baselines3 too")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="of the table's lines, and of the memories none")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="measure only these lines of the table")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part (default 3)")
     arguments, overrides = parser.parse_known_args()
