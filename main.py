@@ -59,7 +59,7 @@ ATOMS: int = 1  # above 1, best odd, so many possible returns per action and the
 V_MAX: float = 10.0  # with ATOMS: the largest of those returns, and minus that the least; rewards are clipped to 1
 
 # Measuring
-EVALUATE_FREQ: int = 250_000  # steps between evaluations; each takes seconds, and a GPU makes 10,000 steps in one
+EVALUATE_FREQ: int = 400_000  # steps between evaluations; each takes seconds, and a GPU makes 10,000 steps in one
 EVAL_EPISODES: int = 10  # games per evaluation
 EVAL_EPS: float = 0.05  # probability of a random action in them; at 0 a greedy Breakout agent may wait for ever
 RENDER: bool = False  # write one evaluation game as pictures and an animation, eval_000/ and eval_000.gif

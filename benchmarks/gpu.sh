@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that a CUDA GPU has to settle, in ten minutes or little more: bash benchmarks/gpu.sh [DIRECTORY]
 # The tests that need one, the throughput tables of the defaults and of the classic recipe (with Stable-Baselines3 if it
-# is installed), a million steps of Breakout.
+# is installed), a million steps of Breakout, and with the network of that the speed of more games and emulator threads.
 # Everything is printed and kept in DIRECTORY, by default results/gpu, which must hold no run yet. It takes 22 GB of disk
 # for a while. The exit status is that of the first that failed.
 set -uo pipefail
@@ -15,15 +15,23 @@ python -m pytest -o addopts= -m gpu -v --tb=short -n 4 tests/test_gpu.py 2>&1 | 
 
 peers=$(python -c 'import stable_baselines3' 2>/dev/null && echo --peers)
 for recipe in shipped classic-uniform; do
-    python benchmarks/throughput.py --recipe $recipe $([ $recipe = shipped ] || echo $peers) --rounds 2 \
+    python benchmarks/throughput.py --recipe $recipe $([ $recipe = shipped ] || echo $peers) --rounds 1 \
         --json "$out/throughput-$recipe.json" 2>&1 | tee "$out/throughput-$recipe.txt" || status=${status/#0/$?}
 done
 
 cd "$out/breakout" || exit
 start=$SECONDS
-python "$root/main.py" --MAX_STEPS=1_000_000 --EVALUATE_FREQ=250_000 2>&1 | tee log.txt || status=${status/#0/$?}
+python "$root/main.py" --MAX_STEPS=1_000_000 2>&1 | tee log.txt || status=${status/#0/$?}
 echo "a million steps of Breakout took $((SECONDS - start)) s, evaluations included" | tee seconds.txt
 cat rewards.txt
+
+for games in 32 64; do
+    for threads in $(($(nproc) - 1)) $(nproc); do
+        python "$root/benchmarks/throughput.py" --recipe shipped --only loop_prioritized --rounds 1 --NUM_ENVS=$games \
+            --emulator-threads $threads --model models/model_003 --json "$out/trained-$games-games-$threads-threads.json" \
+            2>&1 | tee "$out/trained-$games-games-$threads-threads.txt" || status=${status/#0/$?}
+    done
+done
 if grep -q 'CUDA graphs do not work here' "$out"/*.txt log.txt; then
     echo "error: it went without CUDA graphs" >&2
     status=${status/#0/1}

@@ -250,7 +250,8 @@ def evaluate(run: Run, steps: int) -> None:
     model = run.directory / "models" / f"model_{number:03d}"
     agent, _ = Agent.from_model(model, device, dtype=dtype, graphs=constants["CUDA_GRAPHS"])
     frames = {"stack_size": constants["STACK_SIZE"], "frame_skip": constants["FRAME_SKIP"]}
-    env = AtariEnv(run.record["game"], 1, device, graphs=constants["CUDA_GRAPHS"], **frames)
+    threads = utils_machine.choose_emulator_threads(device)
+    env = AtariEnv(run.record["game"], 1, device, num_threads=threads, graphs=constants["CUDA_GRAPHS"], **frames)
     seed = [constants["SEED"], steps, 4]  # training ends its seeds in 0 to 3
     scores = {str(epsilon): env.evaluate(agent, STRICT_GAMES, epsilon, seed).tolist() for epsilon in STRICT_EPS}
     write(result, json.dumps({"steps": steps, "number": number, "seed": seed, "scores": scores}))

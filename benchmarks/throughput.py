@@ -1,13 +1,14 @@
 """Where the time goes: emulators, learner, memory and the whole loop, measured in one run.
 
     python benchmarks/throughput.py [--recipe NAME] [--peers] [--only PART ...] [--json FILE] [--rounds N]
-                                    [--CONSTANT=value ...]
+                                    [--model FILE] [--emulator-threads N] [--CONSTANT=value ...]
 
 Every part is measured once per round, the parts in turn, so that a machine whose speed wanders troubles all alike. The
 table gives medians over the rounds with the smallest and largest. What is measured is the classic recipe or another of
-recipes.py (`--recipe shipped` are the defaults), with each CONSTANT that is given. `--peers` adds Stable-Baselines3's
-DQN doing the work of the classic one (pip install -r benchmarks/requirements.txt): Breakout, an update of 32 every 4
-steps, the same threads. It computes in float32, so the loop is measured in that as well.
+recipes.py (`--recipe shipped` are the defaults), with each CONSTANT that is given. With `--model` the loops begin with
+a trained network, whose games are longer than those of one that knows nothing, and restart less. `--peers` adds
+Stable-Baselines3's DQN doing the work of the classic one (pip install -r benchmarks/requirements.txt): Breakout, an
+update of 32 every 4 steps, the same threads. It computes in float32, so the loop is measured in that as well.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,8 @@ def bench() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="classic-uniform", metavar="NAME")
     parser.add_argument("--peers", action="store_true", help="measure Stable-Baselines3 too")
     parser.add_argument("--only", nargs="+", metavar="PART", help="measure only these lines of the table")
+    parser.add_argument("--model", metavar="FILE", help="a model of this recipe and game, for the loops to begin with")
+    parser.add_argument("--emulator-threads", type=int, metavar="N", help="(default as in a run)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part (default 3)")
     arguments, overrides = parser.parse_known_args()
@@ -69,19 +73,24 @@ def bench() -> None:
         for kind in (ReplayMemory, PrioritizedReplayMemory):  # or it would end in the middle of its work
             utils_machine.choose_storage(device, kind, main.MEM_SIZE, main.NUM_ENVS)  # of the learner alone
             utils_machine.check_disk(constants | {"MAX_STEPS": LENGTH}, Path("."), kind)
-    except utils_config.ConfigError as error:
+        trained = {"make_agent": with_weights(arguments.model, main.make_agent)} if arguments.model else {}
+        for make in trained.values():  # a model that does not fit is told before the work begins
+            make(main.make_env(device).get_action_dim(), device, torch.float32)
+    except (utils_config.ConfigError, OSError, ValueError) as error:
         parser.error(str(error))
+    if arguments.emulator_threads:
+        utils_machine.choose_emulator_threads = lambda _: arguments.emulator_threads
 
     parts = {
         "emulators": lambda: emulators(device),
         "acting": lambda: acting(device),
         "learner_uniform": lambda: learner(device, ReplayMemory),
         "learner_prioritized": lambda: learner(device, PrioritizedReplayMemory),
-        "loop_uniform": lambda: loop(False),
-        "loop_prioritized": lambda: loop(True),
+        "loop_uniform": lambda: loop(False, **trained),
+        "loop_prioritized": lambda: loop(True, **trained),
     }
     if arguments.peers:
-        parts["loop_float32"] = lambda: loop(False, PRECISION="float32")
+        parts["loop_float32"] = lambda: loop(False, PRECISION="float32", **trained)
         parts["sb3"] = stable_baselines3
     if unknown := [name for name in arguments.only or [] if name not in parts]:
         parser.error(f"--only {unknown[0]}: the parts are {', '.join(parts)}")
@@ -122,7 +131,7 @@ def learner(device: torch.device, kind: type[ReplayMemory]) -> float:
 
 
 def loop(prioritized: bool, **others) -> float:
-    """Steps per second of main.main() while it trains, between its evaluations, with `others` of its constants."""
+    """Steps per second of main.main() while it trains, between its evaluations, with `others` of its names."""
     constants = {
         "PRIORITIZED": prioritized,
         "WARM_STEPS": WARM,
@@ -147,6 +156,18 @@ def loop(prioritized: bool, **others) -> float:
             vars(main).update(before)
             torch.backends.cudnn.conv.fp32_precision = rounding
     raise RuntimeError("the loop ended before it was measured")
+
+
+def with_weights(path: str, make_agent: Callable[..., Agent]) -> Callable[..., Agent]:
+    """`make_agent`, and then the weights of the model at `path`."""
+    model = Path(path).resolve()  # the loop has a directory of its own
+
+    def make(*arguments) -> Agent:
+        agent = make_agent(*arguments)
+        agent.load(model)
+        return agent
+
+    return make
 
 
 class Stopwatch(Log):
@@ -304,6 +325,7 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
         "commit": utils_machine.git("describe", "--always", "--dirty"),
         **utils_machine.describe_hardware(device),
         "threads": torch.get_num_threads(),
+        "emulator_threads": utils_machine.choose_emulator_threads(device) or utils_machine.count_cores(),
         "python": platform.python_version(),
         **{
             name: importlib.metadata.version(name)

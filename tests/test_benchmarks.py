@@ -112,6 +112,32 @@ def test_the_throughput_benchmark_measures_only_what_it_is_asked_for(throughput,
     assert "error: --only loop: the parts are emulators, acting," in capsys.readouterr().err
 
 
+def test_the_throughput_benchmark_measures_the_loop_of_a_model_with_the_threads_it_is_asked_for(
+    benchmark, throughput, monkeypatch, capsys
+):
+    module, begun = benchmark("throughput"), []
+
+    class Begun(module.Stopwatch):
+        def __init__(self, run, env, agent, *others):
+            super().__init__(run, env, agent, *others)
+            weights = {name: weight.clone() for name, weight in agent.policy.state_dict().items()}
+            begun.append((env.num_threads, weights))
+
+    trained, other = Agent(4, seed=7), Agent(4, dueling=True)
+    for name, agent in {"trained": trained, "other": other}.items():
+        agent.save(name)
+    monkeypatch.setattr(module, "Stopwatch", Begun)
+    monkeypatch.setattr(utils_machine, "choose_emulator_threads", utils_machine.choose_emulator_threads)  # undone after
+    throughput("--only", "loop_prioritized", "--model=trained", "--emulator-threads=3", "--json=figures.json")
+    ((threads, weights),) = begun
+    assert threads == 3 == json.loads(Path("figures.json").read_text())["machine"]["emulator_threads"]
+    torch.testing.assert_close(weights, trained.policy.state_dict(), rtol=0, atol=0)
+    for model, reason in {"other": "other holds a network of ", "none": "No such file or directory"}.items():
+        with pytest.raises(SystemExit, match="2"):
+            throughput(f"--model={model}")
+        assert reason in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_throughput_benchmark_looks_for_room_before_it_begins(throughput, monkeypatch, capsys):
     monkeypatch.setattr(utils_machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 9e9, 1e8))
     with pytest.raises(SystemExit, match="2"):
