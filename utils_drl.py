@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import os
-import warnings
 import zipfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -13,12 +12,11 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.adam import adam  # a torch.optim.Adam would import torch's compiler, which takes seconds
 
 from utils_graph import Graphs
 from utils_model import DQN, pixels
 from utils_types import Batch
-
-warnings.filterwarnings("ignore", ".*capturable=True")  # Adam's, as long as it is not recorded
 
 
 def chosen(actions: Tensor, outputs: Tensor) -> Tensor:
@@ -127,30 +125,17 @@ class Agent:
             self._averages = self._flat[self.average] = flatten(self.average.parameters())
             self._averaged = torch.zeros((), dtype=exact, device=self.device)  # updates that the average has seen
         on_gpu = self.device.type == "cuda"
-        self._optimizer = torch.optim.Adam(
-            [self._weights],
-            # A graph would go on with a number that it was recorded with.
-            lr=torch.tensor(learning_rate, dtype=torch.float64, device=self.device) if on_gpu else learning_rate,
-            eps=adam_eps,
-            # The fused kernel gives a GPU's processors 65,536 weights each, and most have none: twice the time.
-            fused=self.device.type == "cpu",
-            foreach=False,
-            capturable=on_gpu,  # without graphs too: the other way to compute the same rounds differently
-        )
-        if on_gpu:
-            self._count_updates_exactly()
+        self.adam_eps = adam_eps
+        self._moments = [torch.zeros_like(self._weights, requires_grad=False) for _ in range(2)]
+        # On a GPU both are tensors, since a graph would go on with the numbers that it was recorded with, and float64:
+        # 1 - 0.999 in float32 is wrong by 1e-5, as are the first updates.
+        self._updates = torch.zeros((), dtype=torch.float64, device=self.device) if on_gpu else torch.zeros(())
+        self._rate = torch.zeros_like(self._updates) if on_gpu else 0.0
         # Where the acting graphs look for states, by their number and the network that acts.
         self._acting: dict[tuple[int, DQN], Tensor] = {}
         self._rng = np.random.default_rng(seed)
         self._trained_steps = 0
         self._sums, self._summed = torch.zeros(len(STATISTICS), dtype=exact, device=self.device), 0
-
-    def _count_updates_exactly(self) -> None:
-        """Let Adam count its updates in float64: 1 - 0.999 in float32 is wrong by 1e-5, as are the first updates."""
-        state = self._optimizer.state[self._weights]
-        for name in ("exp_avg", "exp_avg_sq"):
-            state.setdefault(name, torch.zeros_like(self._weights, requires_grad=False))
-        state["step"] = state.get("step", torch.zeros((), device=self.device)).double()
 
     @property
     def epsilon(self) -> float:
@@ -217,7 +202,7 @@ class Agent:
         They are drawn, and valued by the target network, in one go: it does not change in between, and a large forward
         pass costs less than many small ones. Returns the last loss, a scalar on the device, without waiting for it.
         """
-        self._set_learning_rate()
+        self._rate = self._rate.fill_(self.learning_rate) if isinstance(self._rate, Tensor) else self.learning_rate
         most = max(LARGEST_DRAW // batch_size, 1)
         for done in range(0, updates, most):
             part = min(most, updates - done)
@@ -228,13 +213,6 @@ class Agent:
                 loss = self._learn(*key)
             self._summed += 1
         return loss
-
-    def _set_learning_rate(self) -> None:
-        group = self._optimizer.param_groups[0]
-        if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(self.learning_rate)
-        else:
-            group["lr"] = self.learning_rate
 
     def _learn(self, memory, batch_size: int, updates: int) -> Tensor:
         batch = memory.sample(batch_size, updates)
@@ -276,9 +254,28 @@ class Agent:
         gradients = torch.autograd.grad(loss, list(network.parameters()))
         copy_all(self._gradients, gradients)
         self._weights.grad.clamp_(-1, 1)
-        self._optimizer.step()
+        self._step()
         q_values = distribution.means(outputs.detach())
         return loss.detach(), q_values, q_values - targets
+
+    @torch.no_grad()
+    def _step(self) -> None:
+        """One step of Adam (Kingma and Ba 2015)."""
+        moments = ([moment] for moment in self._moments)
+        adam(
+            *([self._weights], [self._weights.grad], *moments, [], [self._updates]),
+            lr=self._rate,
+            beta1=0.9,
+            beta2=0.999,
+            eps=self.adam_eps,
+            weight_decay=0.0,
+            amsgrad=False,
+            maximize=False,
+            # The fused kernel gives a GPU's processors 65,536 weights each, and most have none: twice the time.
+            fused=self.device.type == "cpu",
+            foreach=False,
+            capturable=self.device.type == "cuda",  # without graphs too: the other way rounds differently
+        )
 
     def _network(self, network: DQN) -> DQN:
         """The one that computes for `network`: itself, or the rounded one with a fresh copy of its parameters."""
@@ -320,7 +317,8 @@ class Agent:
         return {
             "policy": self.policy.state_dict(),
             "target": self.target.state_dict(),
-            "optimizer": self._optimizer.state_dict(),
+            "moments": self._moments,
+            "updates": self._updates,
             "trained_steps": self._trained_steps,
             **({} if self.average is self.policy else {"average": self._averages.detach(), "averaged": self._averaged}),
         }
@@ -331,12 +329,7 @@ class Agent:
             copy_all([self._averages.detach(), self._averaged], [state["average"], state["averaged"]])
         self.policy.load_state_dict(state["policy"])
         self.target.load_state_dict(state["target"])
-        # The optimizer would keep the tensors it is given. How it computes is for this device to say.
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": copy.deepcopy(state["optimizer"]["state"]), "param_groups": groups})
-        if self.device.type == "cuda":
-            self._count_updates_exactly()
-        self._graphs.clear()  # they would go on with the tensors that were
+        copy_all([*self._moments, self._updates], [*state["moments"], state["updates"]])
         self._trained_steps = state["trained_steps"]
 
     def save(self, path: str | os.PathLike, **about) -> None:

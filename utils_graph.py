@@ -93,7 +93,3 @@ class Graphs:
                     self.in_use = False
                     return function()
             return graph()
-
-    def clear(self) -> None:
-        """Forget all graphs: what they read or write is no longer where it was."""
-        self._graphs.clear()

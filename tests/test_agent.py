@@ -79,6 +79,11 @@ def make_batch(seed=0, prioritized=True, n_step=3):
     )
 
 
+def first(count, batch):
+    """The first `count` transitions of the batch."""
+    return Batch(*(values[:count] for values in batch))
+
+
 @functools.cache
 def make_values(shapes, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -479,14 +484,14 @@ def test_bfloat16_learning_step_stays_near_the_equations_with_float32_parameters
 
 def test_a_thousand_bfloat16_updates_stay_with_those_in_float32():
     """On the values that the batches teach; those of other actions drift, as they do after any other tiny change."""
-    batches = [make_batch(seed, prioritized=False) for seed in range(6)]
-    everything = FakeMemory(batches).sample(BATCH_SIZE, 6)
+    batches = [first(3, make_batch(seed, prioritized=False)) for seed in range(6)]
+    everything = FakeMemory(batches).sample(3, 6)
     values = []
     for dtype in (torch.float32, torch.bfloat16):
         agent, memory = make_agent(dtype=dtype), FakeMemory(batches)
         before = agent.policy(everything.states)
         for _ in range(125):
-            agent.learn(memory, BATCH_SIZE, updates=8)
+            agent.learn(memory, 3, updates=8)
         values.append(utils_drl.chosen(everything.actions, agent.policy(everything.states)))
     moved = (values[0] - utils_drl.chosen(everything.actions, before)).norm()
     assert (values[1] - values[0]).norm() < 0.05 * moved
@@ -964,10 +969,10 @@ def test_load_runs_no_code_from_the_file(tmp_path, writer):
 
 
 def teach(agent, turns, seed=0):
-    """Learn `turns` of so many updates each."""
-    memory = FakeMemory([make_batch(seed + number) for number in range(3)])
+    """Learn `turns` of so many updates each, from a transition each."""
+    memory = FakeMemory([first(1, make_batch(seed + number)) for number in range(3)])
     for updates in turns:
-        agent.learn(memory, BATCH_SIZE, updates)
+        agent.learn(memory, 1, updates)
 
 
 def flat(model):
@@ -1039,8 +1044,7 @@ def test_an_agent_goes_on_with_what_a_gpu_saved():
     agent, twin = (Agent(ACTIONS, learning_rate=1e-3, seed=seed) for seed in (1, 2))
     teach(agent, [8, 3])
     state = copy.deepcopy(agent.state_dict())
-    count = state["optimizer"]["state"][0]
-    count["step"] = count["step"].double()
+    state["updates"] = state["updates"].double()
     twin.load_state_dict(state)
     for each in (agent, twin):
         teach(each, [2, 1], seed=7)
