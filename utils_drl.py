@@ -53,6 +53,7 @@ def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 
 LARGEST_DRAW = 1024  # transitions that are drawn at once, 58 MB of frames
 AVERAGED_SHARE = 0.1  # of all updates so far: the most that the average of the weights spans
+ADAM = ("exp_avg", "exp_avg_sq", "step")  # what it keeps, by torch's names
 STATISTICS = ("loss", "q_value", "td_error", "gradient_norm")  # of an update: means over its batch, TD errors unsigned
 
 
@@ -127,8 +128,8 @@ class Agent:
         on_gpu = self.device.type == "cuda"
         self.adam_eps = adam_eps
         self._moments = [torch.zeros_like(self._weights, requires_grad=False) for _ in range(2)]
-        # On a GPU both are tensors, since a graph would go on with the numbers that it was recorded with, and float64:
-        # 1 - 0.999 in float32 is wrong by 1e-5, as are the first updates.
+        # On a GPU both lie there, since a graph would go on with the numbers that it was recorded with, in float64: 1 -
+        # 0.999 in float32 is wrong by 1e-5, as are the first updates. Elsewhere the host reads them and must not wait.
         self._updates = torch.zeros((), dtype=torch.float64, device=self.device) if on_gpu else torch.zeros(())
         self._rate = torch.zeros_like(self._updates) if on_gpu else 0.0
         # Where the acting graphs look for states, by their number and the network that acts.
@@ -202,7 +203,10 @@ class Agent:
         They are drawn, and valued by the target network, in one go: it does not change in between, and a large forward
         pass costs less than many small ones. Returns the last loss, a scalar on the device, without waiting for it.
         """
-        self._rate = self._rate.fill_(self.learning_rate) if isinstance(self._rate, Tensor) else self.learning_rate
+        if isinstance(self._rate, Tensor):
+            self._rate.fill_(self.learning_rate)
+        else:
+            self._rate = self.learning_rate
         most = max(LARGEST_DRAW // batch_size, 1)
         for done in range(0, updates, most):
             part = min(most, updates - done)
@@ -261,9 +265,11 @@ class Agent:
     @torch.no_grad()
     def _step(self) -> None:
         """One step of Adam (Kingma and Ba 2015)."""
-        moments = ([moment] for moment in self._moments)
+        mean, square = self._moments
         adam(
-            *([self._weights], [self._weights.grad], *moments, [], [self._updates]),
+            *([tensor] for tensor in (self._weights, self._weights.grad, mean, square)),
+            [],
+            [self._updates],
             lr=self._rate,
             beta1=0.9,
             beta2=0.999,
@@ -317,19 +323,21 @@ class Agent:
         return {
             "policy": self.policy.state_dict(),
             "target": self.target.state_dict(),
-            "moments": self._moments,
-            "updates": self._updates,
+            "adam": dict(zip(ADAM, [*self._moments, self._updates], strict=True)),
             "trained_steps": self._trained_steps,
             **({} if self.average is self.policy else {"average": self._averages.detach(), "averaged": self._averaged}),
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over `state`, from any device."""
+        """Take over `state`, from any device, in place: recorded graphs go on with the same tensors."""
         if self.average is not self.policy:
             copy_all([self._averages.detach(), self._averaged], [state["average"], state["averaged"]])
         self.policy.load_state_dict(state["policy"])
         self.target.load_state_dict(state["target"])
-        copy_all([*self._moments, self._updates], [*state["moments"], state["updates"]])
+        mine = [*self._moments, self._updates]
+        # Before it had a name of its own torch.optim.Adam wrote it, and nothing before the first update.
+        adam = state["adam"] if "adam" in state else state["optimizer"]["state"].get(0)
+        copy_all(mine, [adam[name] for name in ADAM] if adam else [torch.zeros_like(tensor) for tensor in mine])
         self._trained_steps = state["trained_steps"]
 
     def save(self, path: str | os.PathLike, **about) -> None:

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # All that a CUDA GPU has to settle, in ten minutes or little more: bash benchmarks/gpu.sh [DIRECTORY]
 # The tests that need one, the throughput tables of the defaults and of the classic recipe (with Stable-Baselines3 if it
-# is installed), a million steps of Breakout, and with the network of that the speed of more games and emulator threads.
-# Everything is printed and kept in DIRECTORY, by default results/gpu, which must hold no run yet. It takes 22 GB of disk
-# for a while. The exit status is that of the first that failed.
+# is installed), a million steps of Breakout, and the speed with its network of 32 and 64 games and of as many emulator
+# threads as cores and one less. Everything is printed and kept in DIRECTORY, by default results/gpu, which must hold no
+# run yet. It takes 22 GB of disk for a while. The exit status is that of the first that failed.
 set -uo pipefail
 mkdir -p "${1:-$(dirname "$0")/../results/gpu}"
 out=$(cd "${1:-$(dirname "$0")/../results/gpu}" && pwd)
@@ -21,15 +21,17 @@ done
 
 cd "$out/breakout" || exit
 start=$SECONDS
-python "$root/main.py" --MAX_STEPS=1_000_000 2>&1 | tee log.txt || status=${status/#0/$?}
+python "$root/main.py" --MAX_STEPS=1_000_000 --EVALUATE_FREQ=500_000 2>&1 | tee log.txt || status=${status/#0/$?}
 echo "a million steps of Breakout took $((SECONDS - start)) s, evaluations included" | tee seconds.txt
 cat rewards.txt
 
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 for games in 32 64; do
-    for threads in $(($(nproc) - 1)) $(nproc); do
+    for threads in $((cores - 1)) "$cores"; do
+        name=trained-$games-games-$threads-threads
         python "$root/benchmarks/throughput.py" --recipe shipped --only loop_prioritized --rounds 1 --NUM_ENVS=$games \
-            --emulator-threads $threads --model models/model_003 --json "$out/trained-$games-games-$threads-threads.json" \
-            2>&1 | tee "$out/trained-$games-games-$threads-threads.txt" || status=${status/#0/$?}
+            --LEARNING_RATE=1e-7 --emulator-threads "$threads" --model models/model_002 --json "$out/$name.json" \
+            2>&1 | tee "$out/$name.txt" || status=${status/#0/$?}
     done
 done
 if grep -q 'CUDA graphs do not work here' "$out"/*.txt log.txt; then

@@ -6,7 +6,8 @@
 Every part is measured once per round, the parts in turn, so that a machine whose speed wanders troubles all alike. The
 table gives medians over the rounds with the smallest and largest. What is measured is the classic recipe or another of
 recipes.py (`--recipe shipped` are the defaults), with each CONSTANT that is given. With `--model` the loops begin with
-a trained network, whose games are longer than those of one that knows nothing, and restart less. `--peers` adds
+a trained network, whose games are longer than those of one that knows nothing, and restart less; a low LEARNING_RATE
+keeps it what it is, in a memory that has to fill first. `--peers` adds
 Stable-Baselines3's DQN doing the work of the classic one (pip install -r benchmarks/requirements.txt): Breakout, an
 update of 32 every 4 steps, the same threads. It computes in float32, so the loop is measured in that as well.
 """
@@ -59,7 +60,7 @@ def bench() -> None:
     parser.add_argument("--peers", action="store_true", help="measure Stable-Baselines3 too")
     parser.add_argument("--only", nargs="+", metavar="PART", help="measure only these lines of the table")
     parser.add_argument("--model", metavar="FILE", help="a model of this recipe and game, for the loops to begin with")
-    parser.add_argument("--emulator-threads", type=int, metavar="N", help="(default as in a run)")
+    parser.add_argument("--emulator-threads", type=int, metavar="N", help="of them (default: as in a run)")
     parser.add_argument("--json", metavar="FILE", help="write all figures to FILE")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each part (default 3)")
     arguments, overrides = parser.parse_known_args()
@@ -74,11 +75,13 @@ def bench() -> None:
             utils_machine.choose_storage(device, kind, main.MEM_SIZE, main.NUM_ENVS)  # of the learner alone
             utils_machine.check_disk(constants | {"MAX_STEPS": LENGTH}, Path("."), kind)
         trained = {"make_agent": with_weights(arguments.model, main.make_agent)} if arguments.model else {}
-        for make in trained.values():  # a model that does not fit is told before the work begins
+        for make in trained.values():  # an agent and games for nothing, but a model that does not fit is told now
             make(main.make_env(device).get_action_dim(), device, torch.float32)
     except (utils_config.ConfigError, OSError, ValueError) as error:
         parser.error(str(error))
-    if arguments.emulator_threads:
+    if arguments.emulator_threads is not None:
+        if arguments.emulator_threads < 1:
+            parser.error(f"--emulator-threads {arguments.emulator_threads}: there must be at least 1")
         utils_machine.choose_emulator_threads = lambda _: arguments.emulator_threads
 
     parts = {
@@ -325,7 +328,9 @@ def machine(device: torch.device) -> dict[str, str | int | float]:
         "commit": utils_machine.git("describe", "--always", "--dirty"),
         **utils_machine.describe_hardware(device),
         "threads": torch.get_num_threads(),
-        "emulator_threads": utils_machine.choose_emulator_threads(device) or utils_machine.count_cores(),
+        "emulator_threads": min(
+            utils_machine.choose_emulator_threads(device) or utils_machine.count_cores(), main.NUM_ENVS
+        ),
         "python": platform.python_version(),
         **{
             name: importlib.metadata.version(name)

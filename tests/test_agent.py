@@ -3,8 +3,11 @@
 import copy
 import functools
 import math
+import os
 import pickle
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,7 +82,7 @@ def make_batch(seed=0, prioritized=True, n_step=3):
     )
 
 
-def first(count, batch):
+def head(count, batch):
     """The first `count` transitions of the batch."""
     return Batch(*(values[:count] for values in batch))
 
@@ -484,7 +487,7 @@ def test_bfloat16_learning_step_stays_near_the_equations_with_float32_parameters
 
 def test_a_thousand_bfloat16_updates_stay_with_those_in_float32():
     """On the values that the batches teach; those of other actions drift, as they do after any other tiny change."""
-    batches = [first(3, make_batch(seed, prioritized=False)) for seed in range(6)]
+    batches = [head(3, make_batch(seed, prioritized=False)) for seed in range(6)]
     everything = FakeMemory(batches).sample(3, 6)
     values = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -970,7 +973,7 @@ def test_load_runs_no_code_from_the_file(tmp_path, writer):
 
 def teach(agent, turns, seed=0):
     """Learn `turns` of so many updates each, from a transition each."""
-    memory = FakeMemory([first(1, make_batch(seed + number)) for number in range(3)])
+    memory = FakeMemory([head(1, make_batch(seed + number)) for number in range(3)])
     for updates in turns:
         agent.learn(memory, 1, updates)
 
@@ -1044,11 +1047,56 @@ def test_an_agent_goes_on_with_what_a_gpu_saved():
     agent, twin = (Agent(ACTIONS, learning_rate=1e-3, seed=seed) for seed in (1, 2))
     teach(agent, [8, 3])
     state = copy.deepcopy(agent.state_dict())
-    state["updates"] = state["updates"].double()
+    state["adam"]["step"] = state["adam"]["step"].double()
     twin.load_state_dict(state)
     for each in (agent, twin):
         teach(each, [2, 1], seed=7)
     assert same(snapshot(agent.policy), snapshot(twin.policy))
+
+
+@pytest.mark.parametrize("turns", [[], [8, 3]])
+def test_an_agent_goes_on_with_what_torchs_own_adam_wrote(turns):
+    """Checkpoints of before had its state_dict, in which there is nothing before the first update."""
+    agent, twin = (Agent(ACTIONS, learning_rate=1e-3, seed=seed) for seed in (1, 2))
+    teach(agent, turns)
+    teach(twin, [1])
+    state = copy.deepcopy(agent.state_dict())
+    adam = state.pop("adam")
+    state["optimizer"] = {"state": {0: adam} if turns else {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
+    twin.load_state_dict(state)
+    for each in (agent, twin):
+        teach(each, [2, 1], seed=7)
+    assert same(snapshot(agent.policy), snapshot(twin.policy))
+
+
+def tensors(state):
+    """All tensors of nested dictionaries, by their path."""
+    for name, value in state.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{inner}", tensor) for inner, tensor in tensors(value))
+        elif isinstance(value, torch.Tensor):
+            yield name, value
+
+
+def test_a_loaded_state_takes_the_place_of_the_old_one():
+    """CUDA graphs go on with the tensors that they were recorded with."""
+    agent = Agent(ACTIONS, average_updates=5)
+    teach(agent, [2])
+    state = copy.deepcopy(agent.state_dict())
+    teach(agent, [8])
+    before = {name: tensor.data_ptr() for name, tensor in tensors(agent.state_dict())}
+    agent.load_state_dict(state)
+    after = dict(tensors(agent.state_dict()))
+    assert {name: tensor.data_ptr() for name, tensor in after.items()} == before
+    assert after.keys() >= {"policy.conv1.weight", "target.conv1.weight", "average", "adam.exp_avg", "adam.step"}
+    assert same(dict(tensors(state)), after)
+
+
+def test_learning_does_not_import_torchs_compiler():
+    """It takes seconds of every start; any torch.optim.Optimizer would."""
+    code = "import sys, test_agent as t; t.teach(t.Agent(4), [1]); sys.exit('torch._dynamo' in sys.modules)"
+    paths = os.pathsep.join(str(Path(file).parent) for file in (__file__, utils_drl.__file__))
+    assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}).returncode == 0
 
 
 def test_the_average_begins_anew_with_a_loaded_model(tmp_path):

@@ -132,9 +132,13 @@ def test_the_throughput_benchmark_measures_the_loop_of_a_model_with_the_threads_
     ((threads, weights),) = begun
     assert threads == 3 == json.loads(Path("figures.json").read_text())["machine"]["emulator_threads"]
     torch.testing.assert_close(weights, trained.policy.state_dict(), rtol=0, atol=0)
-    for model, reason in {"other": "other holds a network of ", "none": "No such file or directory"}.items():
+    for option, reason in {
+        "--model=other": "other holds a network of ",
+        "--model=none": "No such file or directory",
+        "--emulator-threads=0": "error: --emulator-threads 0: there must be at least 1",
+    }.items():
         with pytest.raises(SystemExit, match="2"):
-            throughput(f"--model={model}")
+            throughput(option)
         assert reason in capsys.readouterr().err.splitlines()[-1]
 
 

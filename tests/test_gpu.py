@@ -394,9 +394,11 @@ def test_a_resumed_agent_and_a_reseeded_memory_go_on_by_graphs_as_without():
         agent, _, _ = trained(graphs, ReplayMemory, [1] * (CudaGraph.WARM_UP + 8), **options)
         twin = Agent(4, CUDA, double_dqn=True, graphs=graphs, **options)
         memory = ReplayMemory(600, 8, n_step=3, device=CUDA)
-        twin.load_state_dict(agent.state_dict())
         for row in rows(60, 8):
             memory.push(on(CUDA, row))
+        for _ in range(CudaGraph.WARM_UP + 2):  # its graph is recorded before the state comes
+            twin.learn(memory, 32)
+        twin.load_state_dict(agent.state_dict())
         for seed in (1, 2):
             memory.reseed([seed])
             for _ in range(CudaGraph.WARM_UP + 3):

@@ -36,7 +36,7 @@ from utils_env import AtariEnv
 from utils_memory import ReplayMemory
 
 CPU = torch.device("cpu")
-RUN = {**TINY, "CHECKPOINT_FREQ": 100, "PRIORITIZED": True, "POLICY_UPDATE": 8, "LEARNING_RATE": 1e-3}
+RUN = {**TINY, "CHECKPOINT_FREQ": 100, "PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3}
 
 
 class Killed(BaseException):
