@@ -485,16 +485,19 @@ def test_bfloat16_learning_step_stays_near_the_equations_with_float32_parameters
         assert (gradient - expected).norm() < 0.2 * expected.norm(), name  # rectifiers near 0 flip
 
 
-def test_a_thousand_bfloat16_updates_stay_with_those_in_float32():
+# After 120 the batches are learned, and nothing tells arithmetic apart better: 0.003 where 1,000 give 0.004, but 0.26
+# and not 0.07 where weights are rounded after every update. A thousand take two minutes without bfloat16 in hardware.
+@pytest.mark.parametrize("updates", [120, pytest.param(1000, marks=pytest.mark.slow)])
+def test_many_bfloat16_updates_stay_with_those_in_float32(updates):
     """On the values that the batches teach; those of other actions drift, as they do after any other tiny change."""
-    batches = [head(3, make_batch(seed, prioritized=False)) for seed in range(6)]
-    everything = FakeMemory(batches).sample(3, 6)
+    batches = [make_batch(seed, prioritized=False) for seed in range(6)]
+    everything = FakeMemory(batches).sample(BATCH_SIZE, 6)
     values = []
     for dtype in (torch.float32, torch.bfloat16):
         agent, memory = make_agent(dtype=dtype), FakeMemory(batches)
         before = agent.policy(everything.states)
-        for _ in range(125):
-            agent.learn(memory, 3, updates=8)
+        for _ in range(updates // 8):
+            agent.learn(memory, BATCH_SIZE, updates=8)
         values.append(utils_drl.chosen(everything.actions, agent.policy(everything.states)))
     moved = (values[0] - utils_drl.chosen(everything.actions, before)).norm()
     assert (values[1] - values[0]).norm() < 0.05 * moved

@@ -326,11 +326,12 @@ def labels(axes) -> list[tuple[float, str]]:
 def test_the_picture_has_steps_below_and_the_minutes_at_which_they_were_reached_above(draw):
     steps, minutes = (0, 100_000, 200_000), (1.0, 4.0, 11.0)  # slower when learning
     evaluations = [Evaluation(n, steps[n], minutes[n], [1.0, 2.0]) for n in range(3)]
-    below, above = draw(*evaluations).axes
+    figure = draw(*evaluations)
+    below, above = figure.axes
     assert labels(below) == [(n, f"{n:,}") for n in (0, 50_000, 100_000, 150_000, 200_000)]
     assert labels(above) == [(pytest.approx(float(np.interp(n, minutes, steps))), str(n)) for n in (2, 4, 6, 8, 10)]
     assert below.get_xlim() == above.get_xlim()
-    assert below.get_title() == "a title"
+    assert figure.get_suptitle() == "a title"
 
 
 def test_one_evaluation_and_equal_minutes_can_be_drawn(draw):
@@ -339,9 +340,22 @@ def test_one_evaluation_and_equal_minutes_can_be_drawn(draw):
     draw(*(Evaluation(n, n, 0.0, [1.0]) for n in range(2)))
 
 
-def test_the_legend_covers_no_score(draw):
-    figure = draw(*(Evaluation(n, n * 1000, n, [9.0 - n, 5.0]) for n in range(3)))
-    assert not any(figure.legends[0].get_window_extent().overlaps(axes.get_window_extent()) for axes in figure.axes)
+@pytest.mark.parametrize("scale", [0.1, 1_000_000.0])
+def test_all_is_in_the_picture_and_neither_title_nor_legend_covers_another_part(draw, scale):
+    figure = draw(*(Evaluation(n, n * 1000, n, [scale * (9 - n), scale * 5]) for n in range(3)))
+    (title,), (legend,) = figure.texts, figure.legends
+    axes = [axes.get_tightbbox() for axes in figure.axes]
+    for part in (title, legend):
+        assert not any(part.get_window_extent().overlaps(extent) for extent in axes)
+    left, bottom, right, top = figure.bbox.extents
+    for extent in (*axes, title.get_window_extent(), legend.get_window_extent()):
+        assert left <= extent.x0 < extent.x1 <= right
+        assert bottom <= extent.y0 < extent.y1 <= top
+
+
+def test_scores_are_written_out(draw):
+    below, _ = draw(*(Evaluation(n, n * 1000, n, [n * 1_000_000.0]) for n in range(3))).axes
+    assert "1,500,000" in [label.get_text() for label in below.get_yticklabels()]
 
 
 @pytest.mark.parametrize(
