@@ -43,22 +43,6 @@ def benchmark(monkeypatch):
     return importlib.import_module
 
 
-@pytest.mark.parametrize("prioritized", [False, True])
-def test_the_throughput_benchmark_times_the_real_loop_and_restores_its_constants(
-    benchmark, monkeypatch, tmp_path, prioritized
-):
-    throughput = benchmark("throughput")
-    monkeypatch.chdir(tmp_path)
-    for name, value in {"WINDOW": 0.2, "WARM": 500}.items():
-        monkeypatch.setattr(throughput, name, value)
-    small = {"NUM_ENVS": 8, "BATCH_SIZE": 4, "POLICY_UPDATE": 8, "MEM_SIZE": 10_000, "DEVICE": "cpu", "THREADS": 1}
-    for name, value in small.items():
-        monkeypatch.setattr(main, name, value)
-    before = dict(vars(main))
-    assert throughput.loop(prioritized) > 0
-    assert dict(vars(main)) == before
-
-
 @pytest.fixture
 def throughput(benchmark, monkeypatch, tmp_path):
     """A function that runs the throughput benchmark with a command line, on little of everything, under tmp_path."""
@@ -100,8 +84,21 @@ def test_the_throughput_benchmark_prints_its_table_and_writes_every_figure(throu
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 
-def test_the_throughput_benchmark_measures_only_what_it_is_asked_for(throughput, capsys):
+def test_the_throughput_benchmark_measures_only_what_it_is_asked_for_and_restores_the_constants(
+    benchmark, throughput, monkeypatch, capsys
+):
+    module, unchanged = benchmark("throughput"), []
+    loop = module.loop
+
+    def watched(*arguments) -> float:
+        before = dict(vars(main))
+        rate = loop(*arguments)
+        unchanged.append(dict(vars(main)) == before)
+        return rate
+
+    monkeypatch.setattr(module, "loop", watched)
     throughput("--json=figures.json", "--only", "loop_uniform", "loop_prioritized")
+    assert unchanged == [True, True]
     figures, table = json.loads(Path("figures.json").read_text()), capsys.readouterr().out
     assert {name for name, value in figures.items() if "steps_per_s" in value} == {"loop_uniform", "loop_prioritized"}
     assert list(figures["ratios"]) == ["prioritized / uniform, loop"]
