@@ -53,7 +53,6 @@ def copy_all(targets: Iterable[Tensor], sources: Iterable[Tensor]) -> None:
 
 LARGEST_DRAW = 1024  # transitions that are drawn at once, 58 MB of frames
 AVERAGED_SHARE = 0.1  # of all updates so far: the most that the average of the weights spans
-ADAM = ("exp_avg", "exp_avg_sq", "step")  # what it keeps, by torch's names
 STATISTICS = ("loss", "q_value", "td_error", "gradient_norm")  # of an update: means over its batch, TD errors unsigned
 
 
@@ -127,11 +126,12 @@ class Agent:
             self._averaged = torch.zeros((), dtype=exact, device=self.device)  # updates that the average has seen
         on_gpu = self.device.type == "cuda"
         self.adam_eps = adam_eps
-        self._moments = [torch.zeros_like(self._weights, requires_grad=False) for _ in range(2)]
+        moments = {name: torch.zeros_like(self._weights, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
         # On a GPU both lie there, since a graph would go on with the numbers that it was recorded with, in float64: 1 -
         # 0.999 in float32 is wrong by 1e-5, as are the first updates. Elsewhere the host reads them and must not wait.
-        self._updates = torch.zeros((), dtype=torch.float64, device=self.device) if on_gpu else torch.zeros(())
-        self._rate = torch.zeros_like(self._updates) if on_gpu else 0.0
+        updates = torch.zeros((), dtype=torch.float64, device=self.device) if on_gpu else torch.zeros(())
+        self._rate = torch.zeros_like(updates) if on_gpu else 0.0
+        self._adam = {**moments, "step": updates}  # what Adam keeps, by torch's names
         # Where the acting graphs look for states, by their number and the network that acts.
         self._acting: dict[tuple[int, DQN], Tensor] = {}
         self._rng = np.random.default_rng(seed)
@@ -265,11 +265,13 @@ class Agent:
     @torch.no_grad()
     def _step(self) -> None:
         """One step of Adam (Kingma and Ba 2015)."""
-        mean, square = self._moments
         adam(
-            *([tensor] for tensor in (self._weights, self._weights.grad, mean, square)),
+            [self._weights],
+            [self._weights.grad],
+            [self._adam["exp_avg"]],
+            [self._adam["exp_avg_sq"]],
             [],
-            [self._updates],
+            [self._adam["step"]],
             lr=self._rate,
             beta1=0.9,
             beta2=0.999,
@@ -323,7 +325,7 @@ class Agent:
         return {
             "policy": self.policy.state_dict(),
             "target": self.target.state_dict(),
-            "adam": dict(zip(ADAM, [*self._moments, self._updates], strict=True)),
+            "adam": self._adam,
             "trained_steps": self._trained_steps,
             **({} if self.average is self.policy else {"average": self._averages.detach(), "averaged": self._averaged}),
         }
@@ -334,10 +336,10 @@ class Agent:
             copy_all([self._averages.detach(), self._averaged], [state["average"], state["averaged"]])
         self.policy.load_state_dict(state["policy"])
         self.target.load_state_dict(state["target"])
-        mine = [*self._moments, self._updates]
         # Before it had a name of its own torch.optim.Adam wrote it, and nothing before the first update.
-        adam = state["adam"] if "adam" in state else state["optimizer"]["state"].get(0)
-        copy_all(mine, [adam[name] for name in ADAM] if adam else [torch.zeros_like(tensor) for tensor in mine])
+        saved = state["adam"] if "adam" in state else state["optimizer"]["state"].get(0)
+        for name, tensor in self._adam.items():
+            tensor.copy_(saved[name]) if saved else tensor.zero_()
         self._trained_steps = state["trained_steps"]
 
     def save(self, path: str | os.PathLike, **about) -> None:

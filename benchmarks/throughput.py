@@ -7,9 +7,9 @@ Every part is measured once per round, the parts in turn, so that a machine whos
 table gives medians over the rounds with the smallest and largest. What is measured is the classic recipe or another of
 recipes.py (`--recipe shipped` are the defaults), with each CONSTANT that is given. With `--model` the loops begin with
 a trained network, whose games are longer than those of one that knows nothing, and restart less; a low LEARNING_RATE
-keeps it what it is, in a memory that has to fill first. `--peers` adds
-Stable-Baselines3's DQN doing the work of the classic one (pip install -r benchmarks/requirements.txt): Breakout, an
-update of 32 every 4 steps, the same threads. It computes in float32, so the loop is measured in that as well.
+keeps it what it is. `--peers` adds Stable-Baselines3's DQN doing the work of the classic one (pip install -r
+benchmarks/requirements.txt): Breakout, an update of 32 every 4 steps, the same threads. It computes in float32, so the
+loop is measured in that as well.
 """
 
 import argparse
@@ -74,9 +74,11 @@ def bench() -> None:
         for kind in (ReplayMemory, PrioritizedReplayMemory):  # or it would end in the middle of its work
             utils_machine.choose_storage(device, kind, main.MEM_SIZE, main.NUM_ENVS)  # of the learner alone
             utils_machine.check_disk(constants | {"MAX_STEPS": LENGTH}, Path("."), kind)
-        trained = {"make_agent": with_weights(arguments.model, main.make_agent)} if arguments.model else {}
-        for make in trained.values():  # an agent and games for nothing, but a model that does not fit is told now
-            make(main.make_env(device).get_action_dim(), device, torch.float32)
+        trained = {}
+        if arguments.model:
+            trained["make_agent"] = make_agent = with_weights(arguments.model, main.make_agent)
+            # An agent and games for nothing, but a model that does not fit is told now.
+            make_agent(main.make_env(device).get_action_dim(), device, torch.float32)
     except (utils_config.ConfigError, OSError, ValueError) as error:
         parser.error(str(error))
     if arguments.emulator_threads is not None:
