@@ -1,5 +1,6 @@
 """Whole runs in process with tiny constants, overrides from the command line, and every kind of bad input."""
 
+import functools
 import os
 import re
 import resource
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_learning import CORRIDOR, TableEnv
 
 import main
 import utils_config
@@ -18,6 +20,7 @@ import utils_drl
 import utils_log
 import utils_machine
 import utils_memory
+from utils_env import AtariEnv
 
 TINY = {
     "MAX_STEPS": 400,
@@ -38,6 +41,13 @@ TINY = {
     "N_STEP": 1,
     "THREADS": 1,  # small work gains nothing from a second one, and on a busy machine they wait for each other
 }
+
+
+class Corridor(TableEnv):
+    """The corridor made as AtariEnv is made."""
+
+    def __init__(self, game, num_envs, device, **options):
+        super().__init__(CORRIDOR, num_envs)
 
 
 @pytest.fixture
@@ -186,12 +196,20 @@ ARRIVALS = [
     {"ATOMS": 7, "DUELING": True, "CUDA_GRAPHS": True},
     {"LAYER_NORM": True},
 ]
-# constant, another value: the run's rows or weights must differ from those of a plain prioritized run
-EFFECTS = [
+# Constant, another value: rows or weights must differ from those of a plain prioritized run of Atari games ...
+EFFECTS_ON_GAMES = [
     ("GAME", "pong"),
     ("SEED", 3),
-    ("MAX_STEPS", 300),
     ("NUM_ENVS", 5),
+    ("STACK_SIZE", 2),
+    ("FRAME_SKIP", 3),
+    ("EVAL_EPISODES", 3),
+    ("EVAL_EPS", 0.5),
+    ("PRECISION", "bfloat16"),
+]
+# ... or of a small table, which is enough for what happens behind the games.
+EFFECTS_ON_LEARNING = [
+    ("MAX_STEPS", 300),
     ("BATCH_SIZE", 5),
     ("POLICY_UPDATE", 10),
     ("TARGET_UPDATE", 50),
@@ -199,11 +217,6 @@ EFFECTS = [
     ("MEM_SIZE", 160),
     ("EVALUATE_FREQ", 100),
     ("CHECKPOINT_FREQ", 120),
-    ("EVAL_EPISODES", 3),
-    ("EVAL_EPS", 0.5),
-    ("PRECISION", "bfloat16"),
-    ("STACK_SIZE", 2),
-    ("FRAME_SKIP", 3),
     ("LEARNING_RATE", 1e-2),
     ("LEARNING_RATE_END_FACTOR", 1.0),
     ("LEARNING_RATE_DECAY", 10),
@@ -224,6 +237,7 @@ EFFECTS = [
     ("BETA_STEPS", 100),
     ("AVERAGE_STEPS", 1),
 ]
+EFFECTS = [(AtariEnv, *effect) for effect in EFFECTS_ON_GAMES] + [(Corridor, *effect) for effect in EFFECTS_ON_LEARNING]
 
 
 def same_shapes(one: dict, other: dict) -> bool:
@@ -231,34 +245,42 @@ def same_shapes(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(one[name].shape == other[name].shape for name in one)
 
 
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory):
-    """The run that every changed constant is compared with."""
-    with pytest.MonkeyPatch.context() as patch:
-        directory = tmp_path_factory.mktemp("plain")
-        patch.chdir(directory)
-        for name, value in {**TINY, **BUSY, **SHORT}.items():
-            patch.setattr(main, name, value)
-        main.main()
-    return Run(directory)
-
-
 # Enough updates, and few enough random actions, for any constant to leave a trace, in a run that is soon over.
 BUSY = {"PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3, "LEARNING_RATE_END_FACTOR": 0.1}
 BUSY |= {"EPS_DECAY": 300, "EPS_END": 0.5}
 SHORT = {"MAX_STEPS": 200}
+PLAIN = {AtariEnv: BUSY | SHORT, Corridor: BUSY | SHORT | {"STACK_SIZE": 1}}
 
 
-@pytest.mark.parametrize(("name", "value"), EFFECTS)
-def test_every_constant_changes_what_a_run_does(tiny_run, plain_run, name, value):
-    run = tiny_run(**{**BUSY, **SHORT, name: value})
-    mine, plain = run.weights(len(run.models) - 1), plain_run.weights(len(plain_run.models) - 1)
-    if run.lines == plain_run.lines and same_shapes(mine, plain):
-        assert any(not torch.equal(mine[key], plain[key]) for key in mine)
+@pytest.fixture(scope="module")
+def plain_run(tmp_path_factory):
+    """A function that returns the run of these games that every changed constant is compared with."""
+
+    @functools.cache
+    def run(games: type) -> Run:
+        directory = tmp_path_factory.mktemp("plain")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(directory)
+            for name, value in {**TINY, **PLAIN[games], "AtariEnv": games}.items():
+                patch.setattr(main, name, value)
+            main.main()
+        return Run(directory)
+
+    return run
+
+
+@pytest.mark.parametrize(("games", "name", "value"), EFFECTS)
+def test_every_constant_changes_what_a_run_does(tiny_run, plain_run, games, name, value):
+    plain = plain_run(games)  # first, while the constants are still its own
+    run = tiny_run(**{**PLAIN[games], "AtariEnv": games, name: value})
+    mine, its = run.weights(len(run.models) - 1), plain.weights(len(plain.models) - 1)
+    if run.lines == plain.lines and same_shapes(mine, its):
+        assert any(not torch.equal(mine[key], its[key]) for key in mine)
 
 
 def test_v_max_changes_what_a_run_with_atoms_does(tiny_run):
-    narrow, wide = (tiny_run(**{**BUSY, **SHORT, "ATOMS": 5, "V_MAX": v_max}).weights(1) for v_max in (3.0, 10.0))
+    constants = {**PLAIN[Corridor], "AtariEnv": Corridor, "ATOMS": 5}
+    narrow, wide = (tiny_run(**constants, V_MAX=v_max).weights(1) for v_max in (3.0, 10.0))
     assert any(not torch.equal(narrow[key], wide[key]) for key in narrow)
 
 
@@ -291,7 +313,7 @@ def test_the_policy_is_the_same_whatever_is_averaged(tiny_run):
 
 
 def test_every_constant_is_covered_by_these_tests():
-    tested = {name for name, *_ in EFFECTS} | {"V_MAX"}
+    tested = {name for _, name, _ in EFFECTS} | {"V_MAX"}
     tested |= {"RENDER", "PLAY", "SAVE_PREFIX", "DEVICE", "THREADS", "CUDA_GRAPHS"}
     assert tested == set(utils_config.constants(vars(main)))
 

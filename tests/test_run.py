@@ -43,20 +43,38 @@ class Killed(BaseException):
     """The process ends here; nothing in the program catches it."""
 
 
+def run_in(directory: Path, **values) -> int:
+    """Run main.py in a directory as from the shell; its status."""
+    directory.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setattr(sys, "argv", ["main.py"])
+        for name, value in {**RUN, **values}.items():
+            patch.setattr(main, name, value)
+        return utils_config.run(main.main, vars(main))
+
+
 @pytest.fixture
-def run_main(monkeypatch, capsys):
+def run_main(capsys):
     """A function that runs main.py in a directory as from the shell; returns its status and what it told."""
 
     def run(directory: Path, **values) -> tuple[int, str]:
-        directory.mkdir(exist_ok=True)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(directory)
-            patch.setattr(sys, "argv", ["main.py"])
-            for name, value in {**RUN, **values}.items():
-                patch.setattr(main, name, value)
-            capsys.readouterr()
-            status = utils_config.run(main.main, vars(main))
+        capsys.readouterr()
+        status = run_in(directory, **values)
         return status, capsys.readouterr().err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """A function that returns the directory, only to be read, of a run that was left alone with these constants."""
+
+    @functools.cache
+    def run(**values) -> Path:
+        directory = tmp_path_factory.mktemp("alone")
+        assert run_in(directory, **values) == 0
+        return directory
 
     return run
 
@@ -81,8 +99,7 @@ def kill() -> None:
 # Whole runs
 
 
-def test_a_killed_run_ends_as_if_it_had_been_left_alone(monkeypatch, run_main, tmp_path):
-    assert run_main(tmp_path / "alone")[0] == 0
+def test_a_killed_run_ends_as_if_it_had_been_left_alone(monkeypatch, run_main, alone, tmp_path):
     for row in (3, 60, 30):  # before the first checkpoint; at step 232 and 316 of runs that began at 0 and 200
         with monkeypatch.context() as patch:
             at_call(patch, main.ReplayMemory, "push", row, kill)
@@ -91,11 +108,10 @@ def test_a_killed_run_ends_as_if_it_had_been_left_alone(monkeypatch, run_main, t
     status, told = run_main(tmp_path / "killed")
     assert status == 0
     assert "going on at step 300 from models/checkpoint_0000000300" in told
-    assert kill_test.results(tmp_path / "killed") == kill_test.results(tmp_path / "alone")
+    assert kill_test.results(tmp_path / "killed") == kill_test.results(alone())
 
 
-def test_pictures_after_the_checkpoint_are_written_again(monkeypatch, run_main, tmp_path):
-    assert run_main(tmp_path / "alone", RENDER=True, MAX_STEPS=200)[0] == 0
+def test_pictures_after_the_checkpoint_are_written_again(monkeypatch, run_main, alone, tmp_path):
     with monkeypatch.context() as patch:
         at_call(patch, main.ReplayMemory, "push", 49, kill)
         with pytest.raises(Killed):
@@ -103,7 +119,7 @@ def test_pictures_after_the_checkpoint_are_written_again(monkeypatch, run_main, 
     (tmp_path / "killed" / "eval_001").mkdir()  # written in part, with a longer game
     (tmp_path / "killed" / "eval_001" / "999999.png").touch()
     assert run_main(tmp_path / "killed", RENDER=True, MAX_STEPS=200)[0] == 0
-    assert kill_test.results(tmp_path / "killed") == kill_test.results(tmp_path / "alone")
+    assert kill_test.results(tmp_path / "killed") == kill_test.results(alone(RENDER=True, MAX_STEPS=200))
 
 
 def test_a_real_run_survives_sigkill(tmp_path):
@@ -189,9 +205,10 @@ def test_a_signal_ends_the_run_after_the_iteration_and_the_run_goes_on_from_ther
 
 
 @pytest.mark.parametrize(("evaluation", "steps"), [(0, 400), (1, 400), (2, 250)])  # the last one is off the beat
-def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(monkeypatch, run_main, tmp_path, evaluation, steps):
-    alone, stopped, constants = tmp_path / "alone", tmp_path / "stopped", {"CHECKPOINT_FREQ": 200, "MAX_STEPS": steps}
-    assert run_main(alone, **constants)[0] == 0
+def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(
+    monkeypatch, run_main, alone, tmp_path, evaluation, steps
+):
+    stopped, constants = tmp_path / "stopped", {"CHECKPOINT_FREQ": 200, "MAX_STEPS": steps}
 
     def play_long() -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -203,7 +220,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(monkeypatch,
         assert run_main(stopped, **constants)[0] == 130
     assert time.monotonic() - began < 30
     assert run_main(stopped, **constants)[0] == 0
-    assert kill_test.results(stopped) == kill_test.results(alone), "evaluations are at checkpoints here"
+    assert kill_test.results(stopped) == kill_test.results(alone(**constants)), "evaluations are at checkpoints here"
 
 
 def test_a_signal_before_the_first_step_leaves_no_checkpoint(monkeypatch, run_main, tmp_path):
@@ -215,50 +232,53 @@ def test_a_signal_before_the_first_step_leaves_no_checkpoint(monkeypatch, run_ma
     assert [path.name for path in (tmp_path / "run" / "models").iterdir()] == ["run.id"]
 
 
-@pytest.fixture
-def alone_and_killed(monkeypatch, run_main, tmp_path):
-    """Directories of a run that was left alone, and of one that was killed at step 232."""
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    assert run_main(alone)[0] == 0
-    with monkeypatch.context() as patch:
+@pytest.fixture(scope="module")
+def killed_once(tmp_path_factory):
+    """The directory of a run that was killed at step 232."""
+    directory = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
         at_call(patch, main.ReplayMemory, "push", 60, kill)
         with pytest.raises(Killed):
-            run_main(killed)
-    return alone, killed
+            run_in(directory)
+    return directory
+
+
+@pytest.fixture
+def killed(killed_once, tmp_path):
+    """A copy of it, to go on with."""
+    return shutil.copytree(killed_once, tmp_path / "killed")
 
 
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(main.Agent, "__init__"), (main.ReplayMemory, "load_state_dict")],
 )
-def test_a_signal_while_a_run_is_taken_up_again_ends_it_at_once(monkeypatch, run_main, alone_and_killed, owner, name):
-    alone, stopped = alone_and_killed
-    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+def test_a_signal_while_a_run_is_taken_up_again_ends_it_at_once(monkeypatch, run_main, alone, killed, owner, name):
+    before = {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
         at_call(patch, owner, name, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        status, told = run_main(stopped)
+        status, told = run_main(killed)
     assert status == 143
     words = "stopped while starting, nothing is changed, by SIGTERM; start again with: python main.py"
     assert told.splitlines()[-1] == words
-    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
-    assert run_main(stopped)[0] == 0
-    assert kill_test.results(stopped) == kill_test.results(alone)
+    assert {path: path.read_bytes() for path in killed.rglob("*") if path.is_file()} == before
+    assert run_main(killed)[0] == 0
+    assert kill_test.results(killed) == kill_test.results(alone())
 
 
 @pytest.mark.parametrize("again", [False, True])
 def test_a_signal_while_games_start_changes_nothing_that_the_run_has_learned(
-    monkeypatch, run_main, alone_and_killed, again
+    monkeypatch, run_main, alone, killed, again
 ):
-    alone, stopped = alone_and_killed
     with monkeypatch.context() as patch:  # where the run is taken up again, and after its next checkpoint
         at_call(patch, main.ReplayMemory, "reseed", 1 + again, lambda: os.kill(os.getpid(), signal.SIGINT))
-        status, told = run_main(stopped)
+        status, told = run_main(killed)
     assert status == 130
     step = 300 if again else 200
     assert told.splitlines()[-1] == f"stopped at step {step} by SIGINT; go on with: python main.py"
-    assert max(path.name for path in (stopped / "models").glob("checkpoint_*")) == f"checkpoint_{step:010d}"
-    assert run_main(stopped)[0] == 0
-    assert kill_test.results(stopped) == kill_test.results(alone)
+    assert max(path.name for path in (killed / "models").glob("checkpoint_*")) == f"checkpoint_{step:010d}"
+    assert run_main(killed)[0] == 0
+    assert kill_test.results(killed) == kill_test.results(alone())
 
 
 @pytest.mark.parametrize(
@@ -266,10 +286,9 @@ def test_a_signal_while_games_start_changes_nothing_that_the_run_has_learned(
     [(utils_run.Run, "report", 1), (main.ReplayMemory, "push", 3)],
 )
 def test_a_start_that_came_to_nothing_makes_way_for_other_constants(
-    monkeypatch, run_main, tmp_path, owner, name, number
+    monkeypatch, run_main, alone, tmp_path, owner, name, number
 ):
     begun = tmp_path / "begun"
-    assert run_main(tmp_path / "alone", MAX_STEPS=8)[0] == 0
     with monkeypatch.context() as patch:
         at_call(patch, owner, name, number, kill)
         with pytest.raises(Killed):
@@ -278,7 +297,7 @@ def test_a_start_that_came_to_nothing_makes_way_for_other_constants(
     assert status == 0
     assert "the run in this directory had SAVE_PREFIX=other, not " in told
     assert ", and no results: a new one takes its place" in told
-    assert kill_test.results(begun) == kill_test.results(tmp_path / "alone")
+    assert kill_test.results(begun) == kill_test.results(alone(MAX_STEPS=8))
     assert len(list((begun / "curves").iterdir())) == 1
 
 
@@ -391,12 +410,11 @@ def test_a_finished_run_names_its_best_model_and_touches_nothing(run_main, tmp_p
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_finished_run_goes_on_with_more_steps(run_main, tmp_path):
-    assert run_main(tmp_path / "alone")[0] == 0
+def test_a_finished_run_goes_on_with_more_steps(run_main, alone, tmp_path):
     assert run_main(tmp_path / "longer", MAX_STEPS=200)[0] == 0
     status, told = run_main(tmp_path / "longer")
     assert (status, "going on at step 200 from models/checkpoint_0000000200" in told) == (0, True)
-    assert kill_test.results(tmp_path / "longer") == kill_test.results(tmp_path / "alone")
+    assert kill_test.results(tmp_path / "longer") == kill_test.results(alone())
     record = json.loads((tmp_path / "longer" / "run.json").read_text())
     assert (record["finished"], record["constants"]["MAX_STEPS"]) == (400, 400)
 
