@@ -57,8 +57,8 @@ def throughput(benchmark, monkeypatch, tmp_path):
         small = [
             "--MEM_SIZE=10_000",
             "--WARM_STEPS=1_000",
-            "--NUM_ENVS=8",
-            "--POLICY_UPDATE=8",
+            "--NUM_ENVS=4",
+            "--POLICY_UPDATE=40",
             "--BATCH_SIZE=4",
             "--DEVICE=cpu",
             "--THREADS=1",
@@ -80,7 +80,7 @@ def test_the_throughput_benchmark_prints_its_table_and_writes_every_figure(throu
     loops = [figures[part]["steps_per_s"] for part in ("loop_prioritized", "loop_uniform")]
     assert figures["ratios"]["prioritized / uniform, loop"] == pytest.approx(loops[0] / loops[1])
     assert list(figures["memory_microseconds"]) == ["1000", "2000"]
-    assert figures["constants"]["POLICY_UPDATE"] == 8
+    assert figures["constants"]["POLICY_UPDATE"] == 40
     assert [path.name for path in tmp_path.iterdir()] == ["figures.json"]
 
 

@@ -214,6 +214,7 @@ def test_values_go_back_n_steps_per_target_period_until_they_are_exact(run, prio
         DOUBLE_DQN=False,
         N_STEP=n_step,
         GAMMA=GAMMA,
+        BATCH_SIZE=8,
         POLICY_UPDATE=4,
         TARGET_UPDATE=period,
         EVALUATE_FREQ=period,
