@@ -19,6 +19,7 @@ import utils_play
 import utils_run
 from utils_drl import Agent
 from utils_env import AtariEnv
+from utils_files import model_name, recording_name
 from utils_log import Log
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition
@@ -52,7 +53,7 @@ BETA_STEPS: int = 2_000_000  # ... and steps until they do so fully, linearly
 DOUBLE_DQN: bool = True  # the policy network chooses the action that the target network values
 DUELING: bool = False  # separate streams for the state's value and the actions' advantages
 N_STEP: int = 3  # rewards summed before bootstrapping
-AVERAGE_STEPS: int = 160_000  # steps over which models average the weights, a tenth of the training at most; 1: none
+AVERAGE_STEPS: int = 160_000  # steps over which models average the weights, at most a tenth of the training; 1: none
 LAYER_NORM: bool = False  # normalise what enters the hidden layer, and its units; wants ADAM_EPS 1e-8
 QUANTILES: int = 1  # values per action; above 1 the loss is QR-DQN's (Dabney et al. 2018), 1 is the classic loss
 ATOMS: int = 1  # above 1, best odd, so many possible returns per action and the loss of C51 (Bellemare et al. 2017)
@@ -106,9 +107,9 @@ def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: 
             with run.interruptible(step):
                 scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
                 if RENDER:
-                    env.save_recording(f"eval_{number:03d}")
+                    env.save_recording(recording_name(number))
             about = {"game": env.game, "frame_skip": FRAME_SKIP, "step": step, "score": float(scores.mean())}
-            agent.save(run.models / f"model_{number:03d}", **about)
+            agent.save(run.models / model_name(number), **about)
             run.report(number, step, scores)
             log.tell_evaluation()
 

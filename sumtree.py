@@ -43,6 +43,11 @@ class SumTree:
         self._nodes = torch.zeros(1 if self._scan else (1 << self._depth) + 1, dtype=torch.int64, device=self.device)
         self._checked = self.device.type == "cpu"
 
+    @staticmethod
+    def needed_bytes(capacity: int) -> int:
+        """Bytes a tree of this size allocates, without `scan`; with it, half of them."""
+        return 8 * (capacity + (1 << (capacity - 1).bit_length()) + 1)
+
     def update(self, indices: Tensor, priorities: Tensor) -> None:
         """Set the priorities [B] of the leaves `indices` [B]. Of equal indices the last one wins and counts once."""
         if indices.shape != priorities.shape or indices.dim() != 1:

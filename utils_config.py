@@ -123,7 +123,8 @@ def override(module: dict, arguments: list[str]) -> None:
 
 def constants(module: dict) -> dict[str, type]:
     """Names and types of the constants in `module`, in the order they stand there."""
-    return {name: kind for name, kind in module["__annotations__"].items() if name.isupper()}
+    annotations = sys.modules[module["__name__"]].__annotations__  # from Python 3.14 on they are not in its dict
+    return {name: kind for name, kind in annotations.items() if name.isupper()}
 
 
 class _Parser(argparse.ArgumentParser):

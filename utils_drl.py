@@ -1,19 +1,17 @@
 """Agent: epsilon-greedy actions and temporal-difference updates of a policy network against a target network."""
 
-import contextlib
 import copy
 import os
-import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from itertools import groupby
-from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adam import adam  # a torch.optim.Adam would import torch's compiler, which takes seconds
 
+from utils_files import is_whole, write_whole
 from utils_graph import Graphs
 from utils_model import DQN, pixels
 from utils_types import Batch
@@ -390,9 +388,8 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
     no model or is damaged, and OSError for one that cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if damaged := archive.testzip():
-                raise ValueError(f"its part {damaged} is damaged")
+        if not is_whole(path):
+            raise ValueError("its checksums are not those of its parts")
         saved = torch.load(path, map_location=device, weights_only=True)
         weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
         return saved["about"], EARLIER | saved["shape"], weights
@@ -400,24 +397,3 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
         raise
     except Exception as error:  # a damaged file raises any of a dozen kinds
         raise ValueError(f"{os.fspath(path)} is not a model of this program, or it is damaged") from error
-
-
-def write_whole(path: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
-    """`write` a file that appears at `path` whole or not at all, even if the machine goes down. Raises OSError."""
-    path = os.fspath(path)
-    try:
-        with open(f"{path}.tmp", "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.tmp", path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            os.unlink(f"{path}.tmp")
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides what stopped it
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, cause.strerror, path) from error
-        raise
-    directory = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-    os.fsync(directory)  # or the name may be lost
-    os.close(directory)

@@ -3,9 +3,10 @@
 import contextlib
 import shutil
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from tqdm import tqdm
 import utils_config
 import utils_machine
 from utils_config import count
-from utils_drl import Agent, write_whole
+from utils_drl import Agent
 from utils_env import EVAL_FRAMES, AtariEnv, normalize_game
-from utils_record import CURVES, PICTURE, REWARDS, watch
+from utils_files import CURVES, PICTURE, REWARDS, model_name, write_whole
+from utils_record import watch
 from utils_run import Run
 from utils_types import Episode, Evaluation, best_of
 
@@ -63,7 +65,7 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
 def conclusion(run: Run) -> str:
     """What came out of a finished `run`, and how to watch it."""
     last, best = run.evaluations[-1], best_of(run.evaluations)
-    model, means = run.models / best.model, count(len(run.evaluations), "mean score")
+    model, means = run.models / model_name(best.number), count(len(run.evaluations), "mean score")
     told = f"finished after {span(60 * last.minutes)}; the highest of {means} is {best.mean:.1f}, of {model}"
     return f"{told}; to watch it play:\n{watch(model)}"
 
@@ -71,6 +73,49 @@ def conclusion(run: Run) -> str:
 def span(seconds: float) -> str:
     """A time as one short word: 45s, 12m, 3.4h."""
     return f"{seconds:.0f}s" if seconds < 60 else f"{seconds / 60:.0f}m" if seconds < 3600 else f"{seconds / 3600:.1f}h"
+
+
+class Curves:
+    """The curves of a run that goes on at step `start`, in CURVES. Where they cannot be written any more, that is said
+    once, and the run goes on without them.
+    """
+
+    def __init__(self, start: int):
+        # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
+        self._writer = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
+        self._lost = False
+        self._show, threading.excepthook = threading.excepthook, self._failed
+
+    def add(self, values: dict[str, float], step: int) -> None:
+        """Add a point at `step` to each of these curves."""
+        for tag, value in values.items():
+            self._try(lambda tag=tag, value=value: self._writer.add_scalar(tag, value, step))
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Add a text, in Markdown."""
+        self._try(lambda: self._writer.add_text(tag, text, step))
+
+    def flush(self) -> None:
+        """Let all that was added be seen."""
+        self._try(self._writer.flush)
+
+    def close(self) -> None:
+        """Write the rest."""
+        self._try(self._writer.close)
+        threading.excepthook = self._show
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self._lost:
+            return
+        try:
+            action()
+        except OSError as error:
+            self._lost = True
+            tqdm.write(f"cannot write {CURVES}: {error.strerror}; going on without them", file=sys.stderr)
+
+    def _failed(self, failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, OSError):  # which who adds the next point hears of
+            self._show(failed)
 
 
 class Log:
@@ -84,8 +129,7 @@ class Log:
         self._total, self._warm_steps = constants["MAX_STEPS"], constants["WARM_STEPS"]
         self._has_learned = len(memory) >= self._warm_steps  # before this start
         self._heading = heading(constants)
-        # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
-        self._curves = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
+        self._curves = Curves(start)
         if run.evaluations:
             self._take_in()
         rows = (f"| {name} | {constants[name]} |" for name in utils_config.constants(constants))
@@ -137,14 +181,17 @@ class Log:
         games, low, high = count(len(last.scores), "game"), min(last.scores), max(last.scores)
         told = f"step {last.step:,}: mean score {last.mean:.1f} of {games}, {low:g} to {high:g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
-        for name, value in {"mean": last.mean, "least": low, "most": high}.items():
-            self._curves.add_scalar(f"evaluation/{name}", value, last.step)
+        means = {"evaluation/mean": last.mean, "evaluation/least": low, "evaluation/most": high}
+        self._curves.add(means, last.step)
         self._curves.flush()
 
     def _take_in(self) -> None:
         """Draw the run's evaluations, and keep the best, for which the bar asks again and again."""
         self._best = best_of(self._run.evaluations)
-        draw_rewards(PICTURE, self._run.evaluations, self._heading)
+        try:
+            draw_rewards(PICTURE, self._run.evaluations, self._heading)
+        except OSError as error:
+            tqdm.write(f"cannot write {PICTURE}: {error.strerror}; going on without it", file=sys.stderr)
 
     def _clock(self) -> float:
         """Seconds of training."""
@@ -207,8 +254,7 @@ class Log:
                 means = Episode(*np.mean(episodes, axis=0))
                 values |= {f"{kind}/{name}": value for name, value in means._asdict().items()}
                 episodes.clear()
-        for tag, value in values.items():
-            self._curves.add_scalar(tag, value, step)
+        self._curves.add(values, step)
 
 
 def fit(words: str, room: int) -> str:
@@ -224,9 +270,8 @@ def fit(words: str, room: int) -> str:
 def heading(constants: dict) -> str:
     """What is measured with `constants`: the game, how its score comes about, and the options that are on."""
     options = [name for name in ("PRIORITIZED", "DOUBLE_DQN", "DUELING", "LAYER_NORM") if constants[name]]
-    options += [
-        f"{name}={constants[name]}" for name in ("N_STEP", "QUANTILES", "ATOMS", "AVERAGE_STEPS") if constants[name] > 1
-    ]
+    least = {"N_STEP": 1, "QUANTILES": 1, "ATOMS": 1, "AVERAGE_STEPS": constants["POLICY_UPDATE"]}  # what is off
+    options += [f"{name}={constants[name]}" for name, off in least.items() if constants[name] > off]
     options += [f"V_MAX={constants['V_MAX']:g}"] * (constants["ATOMS"] > 1)
     options.append(f"SEED={constants['SEED']}")
     games = f"{count(constants['EVAL_EPISODES'], 'game')} per evaluation, epsilon {constants['EVAL_EPS']:g}"

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from utils_config import DTYPES, ConfigError, command_line, count
+from utils_files import checkpoints
 from utils_memory import ReplayMemory
-from utils_record import checkpoints
 
 DEVICES = ("cuda", "mps", "cpu")
 MANY_CORES = 8  # of which the emulators can spare one
@@ -132,7 +132,7 @@ def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> 
     networks_bytes = copies * 4 * ((4 << 20) + head)  # in float32
     size = memory_bytes + networks_bytes
     most = 3  # two, and one being written
-    there = (*checkpoints(directory), *directory.glob("checkpoint_*.tmp"))  # they make way
+    there = (*checkpoints(directory), *checkpoints(directory, ".tmp"))  # they make way
     disk = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free + sum(old.stat().st_size for old in there)
     needed = f"up to {size / 1e9:.2f} GB each, at most {most} at a time with the one that is being written"

@@ -285,8 +285,7 @@ class PrioritizedReplayMemory(ReplayMemory):
     def needed_bytes(capacity: int, num_envs: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
         """Bytes a prioritized memory of these sizes allocates."""
         slots = -(-capacity // num_envs) * num_envs
-        tree = 8 * (slots + (1 << (slots - 1).bit_length()) + 1)
-        return ReplayMemory.needed_bytes(capacity, num_envs, frame_shape) + tree
+        return ReplayMemory.needed_bytes(capacity, num_envs, frame_shape) + SumTree.needed_bytes(slots)
 
     @staticmethod
     def saved_bytes(capacity: int, num_envs: int, steps: int, frame_shape: tuple[int, int] = FRAME_SHAPE) -> int:
@@ -363,11 +362,6 @@ class PrioritizedReplayMemory(ReplayMemory):
         """As of the uniform memory, with the priorities."""
         super().load_state_dict(state)
         self._tree.load_state_dict({"leaves": state["tree"]["leaves"][: self._filled(self._pushed)]})
-
-    @property
-    def beta(self) -> float:
-        """The exponent of the importance weights now. Reading it waits for the device."""
-        return float(self._beta())
 
     def _beta(self) -> Tensor:
         pushed = (self._count - 1).clamp_min(0) * self.num_envs

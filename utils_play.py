@@ -1,6 +1,7 @@
 """One game of a trained model, to watch: its screen, and beside it what the network expects of every action."""
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from utils_config import ConfigError, out_of_memory
-from utils_drl import Agent, write_whole
+from utils_config import ConfigError, Stopped, out_of_memory
+from utils_drl import Agent
 from utils_env import FRAMES_PER_SECOND, SCREEN, AtariEnv, save_animation
+from utils_files import write_whole
 
 MOVIE = Path("play.gif")
 WIDTH, HEIGHT, PANEL, MARGIN = 4 * SCREEN[1], 2 * SCREEN[0], 300, 16  # pixels of the screen in it, and beside that
@@ -60,11 +62,16 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
     print(f"{path}: playing a game of {env.game}", file=sys.stderr)
     watched = Watched(agent)
     (score,) = env.evaluate(watched, 1, epsilon, seed, record=True)
+    print(f"score {score:g}, writing {len(watched.values)} pictures", file=sys.stderr)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # half a file is not left behind
     try:
         write_whole(MOVIE, lambda file: save_animation(file, pictures(env, watched, title), env.frame_skip))
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from None
-    print(f"score {score:g}, {len(watched.values)} pictures in {MOVIE}", file=sys.stderr)
+    except KeyboardInterrupt:
+        raise Stopped(f"stopped by SIGINT, {MOVIE} is not written", 128 + signal.SIGINT) from None
+    print(f"{MOVIE} is written", file=sys.stderr)
 
 
 def pictures(env: AtariEnv, watched: Watched, title: str) -> Iterator[Image.Image]:

@@ -14,13 +14,27 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from utils_config import ConfigError, Stopped, command_line
-from utils_drl import write_whole
 from utils_env import normalize_game
+from utils_files import (
+    CURVES,
+    OWNER,
+    PICTURE,
+    RECORD,
+    REWARDS,
+    checkpoint_name,
+    checkpoints,
+    model_name,
+    recording_name,
+    recordings,
+    remove,
+    saved,
+    step_of,
+    write_whole,
+)
 
-RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
-OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
 FREE = ("MAX_STEPS", "RENDER", "THREADS", "CUDA_GRAPHS", "DEVICE")  # may change; the last three change rounding
-UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, "model_000", "eval_000", "eval_000.gif")
+FIRST = recording_name(0)
+UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, model_name(0), FIRST, f"{FIRST}.gif")
 ELSEWHERE = (
     "start in another directory (and with another SAVE_PREFIX, if that is a place of its own), "
     f"or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
@@ -59,7 +73,7 @@ class Record:
             raise Stopped(told + watch(self.models / self.best), 0)
         end = -(-steps // values["NUM_ENVS"]) * values["NUM_ENVS"]  # of the last iteration
         newest = checkpoints(self.models)[-1:] if self.owns_models else []  # a file comes before its record
-        last = max([self.checkpoint or 0, *(int(path.name[-10:]) for path in newest)])
+        last = max([self.checkpoint or 0, *map(step_of, newest)])
         if end < last:
             raise ConfigError(f"MAX_STEPS ({steps}) is behind this run, whose checkpoint is of step {last}")
         self.constants = values
@@ -93,7 +107,7 @@ def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], obj
     stack.callback(_remove_empty, new.models)
     if not new.models.samefile("."):
         _lock(new.models, stack)
-    results = _models(new.models) if there else _results(new.models)
+    results = saved(new.models) if there else _results(new.models)
     if results and not (there and there.owns_models):
         raise ConfigError(f"{results[0]} is from another run; {ELSEWHERE}")
     for place in (new.models, "."):
@@ -135,11 +149,6 @@ def _same(name: str, before: dict, now: dict) -> bool:
 def expand(place: str) -> Path:
     """The directory `place`; ~ is the home directory."""
     return Path(os.path.expanduser(place))
-
-
-def checkpoints(models: Path) -> list[Path]:
-    """Those in the directory `models`, oldest first."""
-    return sorted(models.glob("checkpoint_" + 10 * "[0-9]"))
 
 
 def watch(model: Path) -> str:
@@ -184,22 +193,8 @@ def _remove_empty(directory: Path) -> None:
 
 def _results(models: Path | None) -> list[Path]:
     """What a run with these `models` has written."""
-    saved = _models(models) if models else ()
-    return [path for path in (REWARDS, *saved, PICTURE, CURVES, *Path(".").glob("eval_*")) if path.exists()]
-
-
-def _models(directory: Path) -> list[Path]:
-    return [*directory.glob("model_*"), *directory.glob("checkpoint_*")]
-
-
-def remove(path: Path) -> None:
-    """Remove a file, or a directory of curves or pictures. Raises OSError if there is more in it, which stays."""
-    if path.is_dir():
-        for file in path.glob("events.*" if path == CURVES else 6 * "[0-9]" + ".png"):
-            file.unlink()
-        path.rmdir()
-    else:
-        path.unlink()
+    networks = saved(models) if models else ()
+    return [path for path in (REWARDS, *networks, PICTURE, CURVES, *recordings()) if path.exists()]
 
 
 def _discard(record: Record, find_room: Callable[[], object]) -> bool:
@@ -208,7 +203,7 @@ def _discard(record: Record, find_room: Callable[[], object]) -> bool:
     The record goes last, so that the next start ends what is cut off here. Raises OSError for what is not the run's.
     """
     results, checkpoint = _results(record.models if record.owns_models else None), record.checkpoint or 0
-    removable = (*UNTRAINED, f"checkpoint_{checkpoint:010d}")
+    removable = (*UNTRAINED, checkpoint_name(checkpoint))
     more = [path for path in results if path.name not in removable and path.suffix != ".tmp"]
     steps = REWARDS.read_bytes().split()[1::3] if REWARDS in results else []
     learned = checkpoint > record.constants["WARM_STEPS"] or record.finished is not None

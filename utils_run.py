@@ -8,12 +8,9 @@ is killed and started again with the same command does, on a CPU, bit for bit wh
 import contextlib
 import math
 import os
-import re
 import signal
 import sys
-import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,10 +19,10 @@ import torch
 from torch import Tensor
 
 from utils_config import ConfigError, Stopped, command_line, constants, out_of_memory
-from utils_drl import write_whole
+from utils_files import REWARDS, checkpoint_name, checkpoints, is_whole, model_name, recordings, remove, write_whole
 from utils_machine import check_disk, choose_storage, count_memory, describe_start
 from utils_memory import ReplayMemory
-from utils_record import ELSEWHERE, REWARDS, Record, changed, checkpoints, claim, expand, remove
+from utils_record import ELSEWHERE, Record, changed, claim, expand
 from utils_types import Evaluation, best_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the terminal goes, unless under nohup
@@ -53,9 +50,6 @@ def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> 
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {values['SAVE_PREFIX']})"
             raise ConfigError(told) from None
         run = Run(record, values, device, storage, room)
-        show = threading.excepthook
-        stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the run
-        threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
         try:
             try:
                 for number in SIGNALS:
@@ -98,18 +92,20 @@ class Run:
         self._agent, self._memory = agent, memory
         refused, good = {}, None
         for path in reversed(checkpoints(self.models)):
+            print(f"reading {path}", file=sys.stderr)
             try:
                 self._load(path)
                 good = path
                 break
-            except Exception as error:  # a damaged file raises any of a dozen kinds
+            except ConfigError as error:
+                refused[path] = str(error)
+            except OSError as error:
+                raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+            except Exception as error:  # whatever strange values lead to
                 if out_of_memory(error):
                     raise
-                if isinstance(error, PermissionError):
-                    raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-                refused[path] = str(error) if isinstance(error, ConfigError) else "it is damaged"
+                refused[path] = f"it cannot be taken up ({type(error).__name__}: {error})"
         self._abort = False  # from here on files change
-        self._beats = self._step // self._constants["CHECKPOINT_FREQ"]
         self._announce(good, refused)
         self._record.checkpoint = self._step if good else None
         self._clean()
@@ -164,10 +160,11 @@ class Run:
             raise self.stopped(cause, "start elsewhere with a lower LEARNING_RATE or --PRECISION=float32")
 
     def checkpoint_due(self, step: int) -> bool:
-        """To be asked once after every iteration: every CHECKPOINT_FREQ steps, and after a signal."""
-        beats, self._beats = self._beats, step // self._constants["CHECKPOINT_FREQ"]
+        """To be asked after every iteration: every CHECKPOINT_FREQ steps, and after a signal."""
         self._step = step
-        return step < self._constants["MAX_STEPS"] and (beats != self._beats or self._signal != 0)
+        every = self._constants["CHECKPOINT_FREQ"]
+        regular = step // every != (step - self._constants["NUM_ENVS"]) // every
+        return step < self._constants["MAX_STEPS"] and (regular or self._signal != 0)
 
     def save(self, step: int, loss: Tensor | None) -> None:
         """Write a checkpoint; after it everything has to start anew from (SEED, step). After a signal the run ends."""
@@ -183,7 +180,7 @@ class Run:
             self._save()
         self._prune(1)
         best = best_of(self.evaluations)
-        self._record.finished, self._record.best, self._record.score = self._step, best.model, best.mean
+        self._record.finished, self._record.best, self._record.score = self._step, model_name(best.number), best.mean
         self._record.write()
 
     def stopped(self, cause: str, remedy: str) -> Stopped:
@@ -214,6 +211,7 @@ class Run:
             where = "before the first step" if self._resumed else "while starting, nothing is changed,"
             raise Stopped(f"stopped {where} by {name}; start again with: {command_line()}", status)
         if self._record.checkpoint != self._step:
+            print("writing a checkpoint", file=sys.stderr)
             self._save()
         raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", status)
 
@@ -221,7 +219,7 @@ class Run:
         return (time.monotonic() - self._began) / 60
 
     def _path(self, step: int) -> Path:
-        return self.models / f"checkpoint_{step:010d}"
+        return self.models / checkpoint_name(step)
 
     def _save(self) -> None:
         state = {"run": self._record.run, "constants": self._constants, "step": self._step, "minutes": self._minutes()}
@@ -242,11 +240,11 @@ class Run:
     def _load(self, path: Path) -> None:
         """Load the checkpoint at `path` into the run, its agent and its memory, and run no code out of it.
 
-        Raises ConfigError if it is not what the run wrote there, and whatever else damaged bytes lead to.
+        Raises ConfigError if it is not what the run wrote there, OSError if it cannot be read, and whatever else
+        strange values lead to.
         """
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch.load does not look at the checksums
-                raise ConfigError("it is damaged")
+        if not is_whole(path):
+            raise ConfigError("it is damaged")
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if state["run"] != self._record.run:
             raise ConfigError("it is of another run")
@@ -286,12 +284,10 @@ class Run:
             write_whole(REWARDS, lambda file: file.write(rows.encode()))
         else:
             REWARDS.unlink(missing_ok=True)
-        for half in self.models.glob("checkpoint_*.tmp"):
+        for half in checkpoints(self.models, ".tmp"):
             half.unlink()
         self._prune()
-        for pictures in Path(".").glob("eval_*"):
-            written = re.fullmatch(r"eval_(\d{3}|[1-9]\d{3,})(\.gif)?", pictures.name)
-            mine = written and pictures.is_dir() == (written[2] is None)
-            if mine and int(written[1]) >= len(self.evaluations):
+        for pictures, number in recordings().items():
+            if number >= len(self.evaluations):
                 with contextlib.suppress(OSError):  # there is something of the user's in it, which stays
                     remove(pictures)

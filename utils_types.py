@@ -60,11 +60,6 @@ class Evaluation(NamedTuple):
         return float(np.mean(self.scores))
 
     @property
-    def model(self) -> str:
-        """The name of the model that played."""
-        return f"model_{self.number:03d}"
-
-    @property
     def row(self) -> str:
         """The line of rewards.txt."""
         return f"{self.number:3d} {self.step:8d} {self.mean:.1f}\n"

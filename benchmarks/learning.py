@@ -33,6 +33,7 @@ import utils_config
 import utils_machine
 from utils_drl import Agent
 from utils_env import AtariEnv, normalize_game
+from utils_files import model_name
 
 ROOT = Path(main.__file__).parent
 STRICT_GAMES = 30
@@ -227,7 +228,7 @@ def look(run: Run) -> None:
     """Note new evaluations and the time. A kill of this script costs the clock no more than one look."""
     record = run.record
     for number, step, score in rewards(run.directory):
-        model = run.directory / "models" / f"model_{number:03d}"
+        model = run.directory / "models" / model_name(number)
         if str(number) not in record["reached"] and model.exists():
             seconds = record["before"] + model.stat().st_mtime - record["started"]
             record["reached"][str(number)] = round(seconds, 1)
@@ -247,7 +248,7 @@ def evaluate(run: Run, steps: int) -> None:
         return
     device = utils_machine.choose_device(constants["DEVICE"])
     dtype = utils_machine.prepare(device, constants["PRECISION"], constants["THREADS"])
-    model = run.directory / "models" / f"model_{number:03d}"
+    model = run.directory / "models" / model_name(number)
     agent, _ = Agent.from_model(model, device, dtype=dtype, graphs=constants["CUDA_GRAPHS"])
     frames = {"stack_size": constants["STACK_SIZE"], "frame_skip": constants["FRAME_SKIP"]}
     threads = utils_machine.choose_emulator_threads(device)

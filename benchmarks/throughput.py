@@ -36,7 +36,8 @@ from recipes import RECIPES
 import main
 import utils_config
 import utils_machine
-from utils_drl import Agent, write_whole
+from utils_drl import Agent
+from utils_files import write_whole
 from utils_log import Log
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import Transition

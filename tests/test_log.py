@@ -2,9 +2,11 @@
 
 import copy
 import io
+import itertools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import termios
@@ -601,7 +603,9 @@ def test_a_model_plays_its_own_game_in_true_colour_one_picture_a_step(run_main, 
     (tmp_path / "run.json").write_text("a run of something else")
     status, told = run_main(PLAY=str(path), GAME="breakout", STACK_SIZE=4, EVAL_EPS=0.5)
     assert status == 0
-    said = re.fullmatch(rf"{path}: playing a game of pong\nscore (-?\d+), (\d+) pictures in play.gif\n", told)
+    said = re.fullmatch(
+        rf"{path}: playing a game of pong\nscore (-?\d+), writing (\d+) pictures\nplay.gif is written\n", told
+    )
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "play.gif", "run.json"]
     with Image.open("play.gif") as animation:
         assert animation.n_frames == int(said[2]) > 50
@@ -612,6 +616,26 @@ def test_a_model_plays_its_own_game_in_true_colour_one_picture_a_step(run_main, 
     assert (screen[:, 640:] == utils_play.CHOSEN).all(2).sum() > 10, "no action is chosen"
     for part in range(1, 4):
         assert np.array_equal(screen[:, part:640:4], screen[:, :640:4]), "pixels are square"
+
+
+def test_ctrl_c_while_a_movie_is_written_leaves_the_one_before(monkeypatch, run_main, tmp_path):
+    path = save(tmp_path / "model", frame_skip=20)
+    (tmp_path / "play.gif").write_bytes(b"an earlier game")
+    pictures = utils_play.pictures
+
+    def interrupted(*arguments):
+        yield from itertools.islice(pictures(*arguments), 3)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(utils_play, "pictures", interrupted)
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # as main.py has it
+    try:
+        status, told = run_main(PLAY=str(path), EVAL_EPS=1.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (status, told.splitlines()[-1]) == (130, "stopped by SIGINT, play.gif is not written")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "play.gif"]
+    assert (tmp_path / "play.gif").read_bytes() == b"an earlier game"
 
 
 def test_a_model_may_lie_in_the_home_directory(run_main, monkeypatch, tmp_path):

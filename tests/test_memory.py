@@ -776,7 +776,7 @@ def test_each_of_several_batches_has_its_own_share_of_every_part_of_the_sum_and_
     for part in range(4):
         mine = slice(16 * part, 16 * part + 16)
         wanted = memory.priorities(batch.indices[mine])
-        wanted = (wanted / wanted.min()) ** -memory.beta
+        wanted = (wanted / wanted.min()) ** -memory.read_statistics()["beta"]
         assert torch.allclose(batch.weights[mine], wanted.float(), rtol=1e-5)
         place = torch.searchsorted(slots, batch.indices[mine] % memory.capacity)
         sixteenths = torch.arange(16) / 16  # draw k of a batch lies somewhere in sixteenth k
@@ -805,7 +805,7 @@ def test_beta_rises_linearly_with_steps_and_stays_at_one():
     seen = []
     for _ in range(60):
         memory.push(games.next_row())
-        seen.append(memory.beta)
+        seen.append(memory.read_statistics()["beta"])
     assert isinstance(seen[0], float)
     assert seen == pytest.approx([0.4 + 0.6 * min(1, 3 * pushed / 120) for pushed in range(60)])
     assert seen[0] == pytest.approx(0.4)  # the row from reset is no step

@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ from test_main import TINY
 
 import main
 import utils_config
+import utils_files
 import utils_machine
 import utils_record
 import utils_run
@@ -474,13 +476,23 @@ def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeyp
     assert len((tmp_path / "run" / "rewards.txt").read_text().splitlines()) == 2
 
 
-def test_curves_that_cannot_be_written_end_the_run_with_one_sentence(monkeypatch, run_main, tmp_path):
+def test_a_run_goes_on_without_curves_and_a_picture_that_cannot_be_written(monkeypatch, run_main, alone, tmp_path):
+    def remove() -> None:
+        shutil.rmtree("curves")
+        Path("rewards.png").unlink()
+        Path("rewards.png").mkdir()
+
     tracebacks = []
-    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
-    at_call(monkeypatch, main.ReplayMemory, "push", 3, lambda: shutil.rmtree("curves"))
-    status, told = run_main(tmp_path / "run")
-    assert (status, tracebacks) == (1, [])
-    assert re.search(r"error: step \d+: cannot write curves/events\S+: No such file or directory; .*\n$", told)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading, "excepthook", tracebacks.append)
+        at_call(patch, main.ReplayMemory, "push", 3, remove)
+        status, told = run_main(tmp_path / "run")
+        assert threading.excepthook == tracebacks.append
+    assert (status, tracebacks) == (0, [])
+    assert told.count("cannot write curves: No such file or directory; going on without them\n") == 1
+    assert told.count("cannot write rewards.png: Is a directory; going on without it\n") == 2  # evaluations
+    for file in ("rewards.txt", "models/model_002"):
+        assert (tmp_path / "run" / file).read_bytes() == (alone() / file).read_bytes()
 
 
 @pytest.mark.parametrize("prioritized", [False, True])
@@ -902,6 +914,36 @@ def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
     assert sorted(str(path) for path in files()) == ["models/run.id", "run.json"]
 
 
+def test_files_with_names_like_those_of_a_run_are_in_no_ones_way(monkeypatch, run_main, tmp_path):
+    names = ["eval_model.py", "eval_x.tmp", "model_best.pt", "checkpoint_notes.txt", "eval_0012.gif"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    with monkeypatch.context() as patch:
+        at_call(patch, main.ReplayMemory, "push", 3, kill)
+        with pytest.raises(Killed):
+            run_main(tmp_path, SAVE_PREFIX=".", MAX_STEPS=12)
+    status, told = run_main(tmp_path, SAVE_PREFIX=".", MAX_STEPS=12, SEED=5)
+    assert (status, "a new one takes its place" in told) == (0, True)
+    assert [(tmp_path / name).read_text() for name in names] == ["mine"] * len(names)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_directory_that_cannot_be_synced_is_no_error_and_one_that_fails_is(monkeypatch, tmp_path, number):
+    sync, file = os.fsync, tmp_path / "file"
+
+    def fsync(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    opened = len(os.listdir("/proc/self/fd"))
+    with contextlib.nullcontext() if number == errno.EINVAL else pytest.raises(OSError, match=f"error: '{file}'"):
+        utils_files.write_whole(file, lambda file: file.write(b"all of it"))
+    assert file.read_bytes() == b"all of it"
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
 @pytest.mark.parametrize("more", ["models/model_001", "models/checkpoint_0000000200", "eval_001.gif", "rewards.txt"])
 @pytest.mark.usefixtures("begun")
 def test_a_run_with_results_makes_no_way(monkeypatch, more):
@@ -994,15 +1036,16 @@ def test_an_allocation_that_python_refuses_is_told(failing):
     assert "step 300: out of memory: an allocation was refused; " in failing(lambda run, part: bytes(1 << 60))
 
 
-def test_a_checkpoint_that_may_not_be_read_stays_where_it_is(monkeypatch, place):
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_checkpoint_that_cannot_be_read_now_stays_where_it_is(monkeypatch, place, number):
     path = place()
 
     def refuse(_) -> None:
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils_run.zipfile, "ZipFile", refuse)
-        with pytest.raises(utils_config.ConfigError, match=f"cannot read {path}: Permission denied"):
+        patch.setattr(utils_files.zipfile, "ZipFile", refuse)
+        with pytest.raises(utils_config.ConfigError, match=f"cannot read {path}: {os.strerror(number)}"):
             resume()
     assert resume() == 300
 
