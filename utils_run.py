@@ -104,7 +104,7 @@ class Run:
             except Exception as error:  # whatever strange values lead to
                 if out_of_memory(error):
                     raise
-                refused[path] = f"it cannot be taken up ({type(error).__name__}: {error})"
+                refused[path] = f"it cannot be taken up ({type(error).__name__}: {' '.join(str(error).split())})"
         self._abort = False  # from here on files change
         self._announce(good, refused)
         self._record.checkpoint = self._step if good else None

@@ -1036,6 +1036,15 @@ def test_an_allocation_that_python_refuses_is_told(failing):
     assert "step 300: out of memory: an allocation was refused; " in failing(lambda run, part: bytes(1 << 60))
 
 
+def test_a_checkpoint_that_is_sound_but_lacks_something_is_told_from_a_damaged_one(place, capsys):
+    path = place()
+    state = torch.load(path, weights_only=True)
+    del state["memory"]["numbers"]
+    torch.save(state, path)
+    assert resume() == 200
+    assert f"{path} is refused: it cannot be taken up (KeyError: 'numbers'); going on from" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EIO, errno.ESTALE])
 def test_a_checkpoint_that_cannot_be_read_now_stays_where_it_is(monkeypatch, place, number):
     path = place()
