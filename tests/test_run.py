@@ -169,7 +169,7 @@ def test_damage_to_a_real_checkpoint_is_noticed_or_harmless(monkeypatch, run_mai
 
 
 def test_a_real_run_survives_signals(tmp_path):
-    kill_test.stop_runs(tmp_path, 1, {**kill_test.SMALL, "MAX_STEPS": 4_000})
+    kill_test.stop_runs(tmp_path, 1, {**kill_test.SMALL, "MAX_STEPS": 2_000})
 
 
 def test_a_tilde_in_save_prefix_is_the_home_directory(monkeypatch, run_main, tmp_path):
