@@ -45,7 +45,7 @@ class SumTree:
 
     @staticmethod
     def needed_bytes(capacity: int) -> int:
-        """Bytes a tree of this size allocates, without `scan`; with it, half of them."""
+        """Bytes a tree of this size allocates at most; with `scan` it is half of them or less."""
         return 8 * (capacity + (1 << (capacity - 1).bit_length()) + 1)
 
     def update(self, indices: Tensor, priorities: Tensor) -> None:

@@ -393,7 +393,7 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
         saved = torch.load(path, map_location=device, weights_only=True)
         weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
         return saved["about"], EARLIER | saved["shape"], weights
-    except OSError:
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged file raises any of a dozen kinds
         raise ValueError(f"{os.fspath(path)} is not a model of this program, or it is damaged") from error

@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -76,15 +75,17 @@ def span(seconds: float) -> str:
 
 
 class Curves:
-    """The curves of a run that goes on at step `start`, in CURVES. Where they cannot be written any more, that is said
-    once, and the run goes on without them.
+    """The curves of a run that goes on at step `start`, in CURVES. Where they cannot be written, that is said once, and
+    this start of the run goes on without them.
     """
 
     def __init__(self, start: int):
         # What an earlier start wrote after its checkpoint is hidden; a run's first step is that of an evaluation.
-        self._writer = SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=start + 1 if start else 0)
+        purge_step = start + 1 if start else 0
         self._lost = False
-        self._show, threading.excepthook = threading.excepthook, self._failed
+        self._writer = self._try(
+            lambda: SummaryWriter(str(CURVES), max_queue=1000, flush_secs=30, purge_step=purge_step)
+        )
 
     def add(self, values: dict[str, float], step: int) -> None:
         """Add a point at `step` to each of these curves."""
@@ -97,25 +98,23 @@ class Curves:
 
     def flush(self) -> None:
         """Let all that was added be seen."""
-        self._try(self._writer.flush)
+        self._try(lambda: self._writer.flush())
 
     def close(self) -> None:
-        """Write the rest."""
-        self._try(self._writer.close)
-        threading.excepthook = self._show
+        """Write the rest, and wait for the writer's thread."""
+        self._try(lambda: self._writer.close())
+        if self._lost and self._writer:
+            with contextlib.suppress(OSError):
+                self._writer.close()
 
-    def _try(self, action: Callable[[], None]) -> None:
+    def _try(self, action: Callable[[], SummaryWriter | None]) -> SummaryWriter | None:
         if self._lost:
-            return
+            return None
         try:
-            action()
-        except OSError as error:
+            return action()
+        except OSError as error:  # also that of the writer's thread
             self._lost = True
             tqdm.write(f"cannot write {CURVES}: {error.strerror}; going on without them", file=sys.stderr)
-
-    def _failed(self, failed: threading.ExceptHookArgs) -> None:
-        if not isinstance(failed.exc_value, OSError):  # which who adds the next point hears of
-            self._show(failed)
 
 
 class Log:

@@ -40,7 +40,7 @@ class Watched:
 
 
 def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, seed: int) -> None:
-    """Play a game with the model at `path` and write it, beside its Q values, as MOVIE. Raises ConfigError."""
+    """Play a game with the model at `path` and write it, beside its Q values, as MOVIE. Raises Stopped."""
     path = os.path.expanduser(path)
     if Path(path).name.startswith("checkpoint_"):
         raise ConfigError(f"{path} is a checkpoint, from which a run goes on; models are called model_000 and so on")
@@ -63,14 +63,17 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
     watched = Watched(agent)
     (score,) = env.evaluate(watched, 1, epsilon, seed, record=True)
     print(f"score {score:g}, writing {len(watched.values)} pictures", file=sys.stderr)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # half a file is not left behind
+    before = signal.getsignal(signal.SIGINT)
     try:
+        if before == signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # or it would leave half a file
         write_whole(MOVIE, lambda file: save_animation(file, pictures(env, watched, title), env.frame_skip))
     except OSError as error:
         raise ConfigError(f"cannot write {error.filename}: {error.strerror}") from None
     except KeyboardInterrupt:
         raise Stopped(f"stopped by SIGINT, {MOVIE} is not written", 128 + signal.SIGINT) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
     print(f"{MOVIE} is written", file=sys.stderr)
 
 

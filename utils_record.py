@@ -37,7 +37,7 @@ FIRST = recording_name(0)
 UNTRAINED = (REWARDS.name, PICTURE.name, CURVES.name, model_name(0), FIRST, f"{FIRST}.gif")
 ELSEWHERE = (
     "start in another directory (and with another SAVE_PREFIX, if that is a place of its own), "
-    f"or move {RECORD}, rewards.*, {CURVES}, eval_* and what is in SAVE_PREFIX away"
+    f"or move {RECORD}, rewards.*, {CURVES}, eval_[0-9]* and what is in SAVE_PREFIX away"
 )
 
 

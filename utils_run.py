@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,6 +51,9 @@ def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> 
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {values['SAVE_PREFIX']})"
             raise ConfigError(told) from None
         run = Run(record, values, device, storage, room)
+        show = threading.excepthook
+        stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the log
+        threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
         try:
             try:
                 for number in SIGNALS:
@@ -87,7 +91,8 @@ class Run:
     def resume(self, agent, memory) -> int:
         """Bring both, and rewards.txt, to the newest good checkpoint; return its step, or 0 if there never was one.
 
-        Raises ConfigError if none is good any more. A signal until one is read ends the run, and nothing is changed.
+        Raises ConfigError if none is good any more, or the newest cannot be read though it may be good. A signal until
+        one is read ends the run, and nothing is changed.
         """
         self._agent, self._memory = agent, memory
         refused, good = {}, None
@@ -100,7 +105,8 @@ class Run:
             except ConfigError as error:
                 refused[path] = str(error)
             except OSError as error:
-                raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+                remedy = "mend that, or move it away to go on from the one before"
+                raise ConfigError(f"cannot read {path}: {error.strerror}; {remedy}") from None
             except Exception as error:  # whatever strange values lead to
                 if out_of_memory(error):
                     raise

@@ -269,6 +269,12 @@ def plain_run(tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("games", PLAIN)
+def test_without_a_change_these_runs_repeat_themselves(tiny_run, plain_run, games):
+    plain = plain_run(games)
+    assert tiny_run(**PLAIN[games], AtariEnv=games).same_as(plain)
+
+
 @pytest.mark.parametrize(("games", "name", "value"), EFFECTS)
 def test_every_constant_changes_what_a_run_does(tiny_run, plain_run, games, name, value):
     plain = plain_run(games)  # first, while the constants are still its own

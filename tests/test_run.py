@@ -495,6 +495,16 @@ def test_a_run_goes_on_without_curves_and_a_picture_that_cannot_be_written(monke
         assert (tmp_path / "run" / file).read_bytes() == (alone() / file).read_bytes()
 
 
+def test_a_run_goes_on_without_curves_that_cannot_be_begun(monkeypatch, run_main, alone, killed):
+    shutil.rmtree(killed / "curves")
+    (killed / "curves").touch()
+    status, told = run_main(killed)
+    assert status == 0
+    assert told.count("cannot write curves: File exists; going on without them\n") == 1
+    for file in ("rewards.txt", "models/model_002"):
+        assert (killed / file).read_bytes() == (alone() / file).read_bytes()
+
+
 @pytest.mark.parametrize("prioritized", [False, True])
 def test_weights_that_are_no_numbers_are_never_saved(monkeypatch, run_main, tmp_path, prioritized):
     learn, calls = main.Agent.learn, iter(range(1000))
@@ -1054,7 +1064,9 @@ def test_a_checkpoint_that_cannot_be_read_now_stays_where_it_is(monkeypatch, pla
 
     with monkeypatch.context() as patch:
         patch.setattr(utils_files.zipfile, "ZipFile", refuse)
-        with pytest.raises(utils_config.ConfigError, match=f"cannot read {path}: {os.strerror(number)}"):
+        with pytest.raises(
+            utils_config.ConfigError, match=f"cannot read {path}: {os.strerror(number)}; mend that, or move"
+        ):
             resume()
     assert resume() == 300
 
