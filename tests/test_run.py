@@ -26,7 +26,7 @@ import kill_test
 import numpy as np
 import pytest
 import torch
-from test_main import TINY
+from test_main import TINY, Corridor
 
 import main
 import utils_config
@@ -38,7 +38,8 @@ from utils_env import AtariEnv
 from utils_memory import ReplayMemory
 
 CPU = torch.device("cpu")
-RUN = {**TINY, "CHECKPOINT_FREQ": 100, "PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3}
+RUN = {**TINY, "CHECKPOINT_FREQ": 100, "PRIORITIZED": True, "POLICY_UPDATE": 4, "LEARNING_RATE": 1e-3, "STACK_SIZE": 1}
+ATARI = {"AtariEnv": AtariEnv, "STACK_SIZE": 4}  # real games, where a run on disk is more than a run
 
 
 class Killed(BaseException):
@@ -46,12 +47,12 @@ class Killed(BaseException):
 
 
 def run_in(directory: Path, **values) -> int:
-    """Run main.py in a directory as from the shell; its status."""
+    """Run main.py in a directory as from the shell, with games of a table, which start at once; its status."""
     directory.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(directory)
         patch.setattr(sys, "argv", ["main.py"])
-        for name, value in {**RUN, **values}.items():
+        for name, value in {"AtariEnv": Corridor, **RUN, **values}.items():
             patch.setattr(main, name, value)
         return utils_config.run(main.main, vars(main))
 
@@ -106,22 +107,22 @@ def test_a_killed_run_ends_as_if_it_had_been_left_alone(monkeypatch, run_main, a
         with monkeypatch.context() as patch:
             at_call(patch, main.ReplayMemory, "push", row, kill)
             with pytest.raises(Killed):
-                run_main(tmp_path / "killed")
-    status, told = run_main(tmp_path / "killed")
+                run_main(tmp_path / "killed", **ATARI)
+    status, told = run_main(tmp_path / "killed", **ATARI)
     assert status == 0
     assert "going on at step 300 from models/checkpoint_0000000300" in told
-    assert kill_test.results(tmp_path / "killed") == kill_test.results(alone())
+    assert kill_test.results(tmp_path / "killed") == kill_test.results(alone(**ATARI))
 
 
 def test_pictures_after_the_checkpoint_are_written_again(monkeypatch, run_main, alone, tmp_path):
     with monkeypatch.context() as patch:
         at_call(patch, main.ReplayMemory, "push", 49, kill)
         with pytest.raises(Killed):
-            run_main(tmp_path / "killed", RENDER=True, MAX_STEPS=200)
+            run_main(tmp_path / "killed", RENDER=True, MAX_STEPS=200, **ATARI)
     (tmp_path / "killed" / "eval_001").mkdir()  # written in part, with a longer game
     (tmp_path / "killed" / "eval_001" / "999999.png").touch()
-    assert run_main(tmp_path / "killed", RENDER=True, MAX_STEPS=200)[0] == 0
-    assert kill_test.results(tmp_path / "killed") == kill_test.results(alone(RENDER=True, MAX_STEPS=200))
+    assert run_main(tmp_path / "killed", RENDER=True, MAX_STEPS=200, **ATARI)[0] == 0
+    assert kill_test.results(tmp_path / "killed") == kill_test.results(alone(RENDER=True, MAX_STEPS=200, **ATARI))
 
 
 def test_a_real_run_survives_sigkill(tmp_path):
@@ -218,7 +219,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(
 
     began = time.monotonic()
     with monkeypatch.context() as patch:
-        at_call(patch, main.AtariEnv, "evaluate", evaluation + 1, play_long)
+        at_call(patch, Corridor, "evaluate", evaluation + 1, play_long)
         assert run_main(stopped, **constants)[0] == 130
     assert time.monotonic() - began < 30
     assert run_main(stopped, **constants)[0] == 0
@@ -227,7 +228,7 @@ def test_a_signal_ends_an_evaluation_at_once_and_it_is_played_again(
 
 def test_a_signal_before_the_first_step_leaves_no_checkpoint(monkeypatch, run_main, tmp_path):
     with monkeypatch.context() as patch:
-        at_call(patch, main.AtariEnv, "evaluate", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_call(patch, Corridor, "evaluate", 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         status, told = run_main(tmp_path / "run")
     assert status == 143
     assert told.splitlines()[-1] == "stopped before the first step by SIGTERM; start again with: python main.py"
@@ -294,12 +295,12 @@ def test_a_start_that_came_to_nothing_makes_way_for_other_constants(
     with monkeypatch.context() as patch:
         at_call(patch, owner, name, number, kill)
         with pytest.raises(Killed):
-            run_main(begun, RENDER=True, SAVE_PREFIX="other")
-    status, told = run_main(begun, MAX_STEPS=8)
+            run_main(begun, RENDER=True, SAVE_PREFIX="other", **ATARI)
+    status, told = run_main(begun, MAX_STEPS=8, **ATARI)
     assert status == 0
     assert "the run in this directory had SAVE_PREFIX=other, not " in told
     assert ", and no results: a new one takes its place" in told
-    assert kill_test.results(begun) == kill_test.results(alone(MAX_STEPS=8))
+    assert kill_test.results(begun) == kill_test.results(alone(MAX_STEPS=8, **ATARI))
     assert len(list((begun / "curves").iterdir())) == 1
 
 
@@ -438,7 +439,7 @@ def test_at_most_two_checkpoints_are_kept_and_one_when_the_run_is_finished(run_m
         return np.zeros(1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AtariEnv, "evaluate", evaluate)
+        patch.setattr(Corridor, "evaluate", evaluate)
         run_main(tmp_path / "run")
     assert kept == [[], ["checkpoint_0000000100"], ["checkpoint_0000000200", "checkpoint_0000000300"]]
     assert [path.name for path in (tmp_path / "run" / "models").glob("checkpoint*")] == ["checkpoint_0000000400"]
