@@ -656,7 +656,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(place):
 def test_checkpoints_cut_short_give_way_to_the_one_before(place, capsys):
     rng = random.Random(0)
     content = place().read_bytes()
-    for length in [0, 1, len(content) - 1, *(rng.randrange(len(content)) for _ in range(200))]:
+    for length in [0, 1, len(content) - 1, *(rng.randrange(len(content)) for _ in range(100))]:
         path = place()
         path.write_bytes(content[:length])
         assert resume() == 200
@@ -668,7 +668,7 @@ def test_a_flipped_byte_is_noticed_or_harmless(place, capsys):
     rng = random.Random(0)
     content = place().read_bytes()
     steps = []
-    for _ in range(200):
+    for _ in range(100):
         path, where = place(), rng.randrange(len(content))
         path.write_bytes(content[:where] + bytes([content[where] ^ rng.randrange(1, 256)]) + content[where + 1 :])
         steps.append(resume())
