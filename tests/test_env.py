@@ -498,18 +498,19 @@ def test_the_refusal_of_an_action_names_it_and_what_is_legal(two_games):
 
 
 @pytest.mark.parametrize(
-    ("game", "episodes", "max_frames"),
-    [("breakout", 3, 18_000), ("seaquest", 3, 18_000), ("pong", 1, 18_000), ("freeway", 2, 1200)],
+    ("game", "episodes", "max_frames", "frame_skip"),
+    [("breakout", 3, 18_000, 4), ("seaquest", 3, 18_000, 4), ("pong", 1, 18_000, 6), ("freeway", 2, 1200, 4)],
 )
-def test_evaluation_gives_the_raw_scores_of_whole_games(game, episodes, max_frames, starts):
+def test_evaluation_gives_the_raw_scores_of_whole_games(game, episodes, max_frames, frame_skip, starts):
     action_dim = {"breakout": 4, "seaquest": 18, "pong": 6, "freeway": 3}[game]
     agent = ScriptedAgent(random_actions(action_dim, 4501, seed=3))
-    scores = AtariEnv(game, 1).evaluate(agent, episodes, 0.05, seed=1, max_frames=max_frames)
+    env = AtariEnv(game, 1, frame_skip=frame_skip)
+    scores = env.evaluate(agent, episodes, 0.05, seed=1, max_frames=max_frames)
 
     assert scores.shape == (episodes,)
     assert scores.dtype == np.float64
     for score, clock in zip(scores, starts[-1][1], strict=True):
-        plain = PlainGame(game, clock, max_frames=max_frames)
+        plain = PlainGame(game, clock, frame_skip=frame_skip, max_frames=max_frames)
         for action in agent.actions:
             plain.step(action)
             if plain.over:
@@ -517,6 +518,18 @@ def test_evaluation_gives_the_raw_scores_of_whole_games(game, episodes, max_fram
         assert plain.over
         assert score == plain.score
     assert game == "freeway" or any(abs(score) > 1 for score in scores)
+
+
+def test_games_of_training_last_half_an_hour_and_those_of_evaluations_five_minutes_at_most(monkeypatch):
+    limits, make = [], AtariVectorEnv.__init__
+
+    def watched(self, *args, **kwargs):
+        limits.append((kwargs["max_num_frames_per_episode"], kwargs["frameskip"]))
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(AtariVectorEnv, "__init__", watched)
+    AtariEnv("breakout", 1, frame_skip=60).evaluate(RandomAgent(4), 1, 0.05, seed=1)
+    assert limits == [(30 * 60 * 60, 60), (5 * 60 * 60, 60)]
 
 
 def test_a_game_that_is_over_first_counts_only_once(starts):
@@ -624,13 +637,13 @@ def recorded(env):
     return frames
 
 
-@pytest.mark.parametrize(("game", "action_dim"), [("breakout", 4), ("seaquest", 18)])
-def test_recorded_frames_are_the_true_colours_of_the_first_game_from_start_to_end(game, action_dim, starts):
-    env = AtariEnv(game, 1)
+@pytest.mark.parametrize(("game", "action_dim", "frame_skip"), [("breakout", 4, 4), ("seaquest", 18, 3)])
+def test_recorded_frames_are_the_true_colours_of_the_first_game_from_start_to_end(game, action_dim, frame_skip, starts):
+    env = AtariEnv(game, 1, frame_skip=frame_skip)
     agent = ScriptedAgent(random_actions(action_dim, 4501, seed=3))
     env.evaluate(agent, 2, 0.05, seed=1, record=True)
     frames = recorded(env)
-    plain = PlainGame(game, starts[0][1][0], "getScreenRGB")
+    plain = PlainGame(game, starts[0][1][0], "getScreenRGB", frame_skip)
     expected = [plain.picture]
     for action in agent.actions:
         plain.step(action)

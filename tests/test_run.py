@@ -31,6 +31,7 @@ from test_main import TINY, Corridor
 import main
 import utils_config
 import utils_files
+import utils_log
 import utils_machine
 import utils_record
 import utils_run
@@ -132,7 +133,7 @@ def test_a_real_run_survives_sigkill(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prioritized", [False, True])
-def test_damage_to_a_real_checkpoint_is_noticed_or_harmless(monkeypatch, run_main, tmp_path, prioritized):
+def test_damage_to_the_checkpoint_of_a_run_is_noticed_or_harmless(monkeypatch, run_main, tmp_path, prioritized):
     with monkeypatch.context() as patch:
         at_call(patch, main.ReplayMemory, "push", 80, kill)
         with pytest.raises(Killed):
@@ -169,6 +170,7 @@ def test_damage_to_a_real_checkpoint_is_noticed_or_harmless(monkeypatch, run_mai
         assert take_up(content[:where]) == before
 
 
+@pytest.mark.slow
 def test_a_real_run_survives_signals(tmp_path):
     kill_test.stop_runs(tmp_path, 1, {**kill_test.SMALL, "MAX_STEPS": 2_000})
 
@@ -327,14 +329,13 @@ def test_a_signal_while_a_checkpoint_is_written_ends_the_run_with_that_one(monke
 
 
 def test_a_pipe_that_nobody_reads_any_more_ends_the_run_like_a_lost_terminal(tmp_path):
-    process = kill_test.start(tmp_path, kill_test.SMALL)
+    process = kill_test.start(tmp_path, {**kill_test.SMALL, "MAX_STEPS": 1_000_000, "CHECKPOINT_FREQ": 1_000_000})
     assert kill_test.wait_for(process, lambda: (tmp_path / "models" / "model_001").exists())
     process.stderr.close()
     assert process.wait(60) == 128 + signal.SIGHUP
     (*_, checkpoint) = sorted((tmp_path / "models").glob("checkpoint_*"))
     step = json.loads((tmp_path / "run.json").read_text())["checkpoint"]
     assert checkpoint.name == f"checkpoint_{step:010d}"
-    assert step % kill_test.SMALL["CHECKPOINT_FREQ"] != 0, "not only the last regular one"
     rows = step // kill_test.SMALL["NUM_ENVS"]  # the last row of each stretch is never stored, the first of each is
     assert torch.load(checkpoint, weights_only=True)["memory"]["pushed"] == rows, "between two iterations"
 
@@ -467,12 +468,14 @@ def test_a_run_that_is_killed_at_its_very_end_is_finished_by_the_next_start(monk
     assert (status, "checkpoint_0000000400 is refused: it is damaged; rewards.txt and the models" in told) == (2, True)
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeypatch, run_main, tmp_path):
+@pytest.mark.parametrize(("looks", "step"), [(1_000, 300), (40, 240)])  # at the next checkpoint, or look before it
+def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeypatch, run_main, tmp_path, looks, step):
     learn, calls = main.Agent.learn, iter(range(1000))
+    monkeypatch.setattr(utils_log, "SHOW_FREQ", looks)
     monkeypatch.setattr(main.Agent, "learn", lambda *a: learn(*a) * (math.nan if next(calls) > 30 else 1))
     status, told = run_main(tmp_path / "run")
     assert status == 1
-    assert told.splitlines()[-1].startswith("error: step 300: training has diverged, the loss is nan")
+    assert told.splitlines()[-1].startswith(f"error: step {step}: training has diverged, the loss is nan")
     assert "the last good checkpoint is models/checkpoint_0000000200; start elsewhere with a lower" in told
     assert len((tmp_path / "run" / "rewards.txt").read_text().splitlines()) == 2
 
@@ -506,8 +509,8 @@ def test_a_run_goes_on_without_curves_that_cannot_be_begun(monkeypatch, run_main
         assert (killed / file).read_bytes() == (alone() / file).read_bytes()
 
 
-@pytest.mark.parametrize("prioritized", [False, True])
-def test_weights_that_are_no_numbers_are_never_saved(monkeypatch, run_main, tmp_path, prioritized):
+@pytest.mark.parametrize("checkpoint_freq", [100, 1_000])  # a checkpoint comes first, or an evaluation
+def test_weights_that_are_no_numbers_are_never_saved(monkeypatch, run_main, tmp_path, checkpoint_freq):
     learn, calls = main.Agent.learn, iter(range(1000))
 
     def diverge(agent, *args):
@@ -516,7 +519,7 @@ def test_weights_that_are_no_numbers_are_never_saved(monkeypatch, run_main, tmp_
         return torch.zeros_like(learn(agent, *args))  # so that the loss does not tell
 
     monkeypatch.setattr(main.Agent, "learn", diverge)
-    status, told = run_main(tmp_path / "run", PRIORITIZED=prioritized)
+    status, told = run_main(tmp_path / "run", CHECKPOINT_FREQ=checkpoint_freq)
     assert (status, "training has diverged, a weight is no finite number any more" in told) == (1, True)
     for path in (tmp_path / "run" / "models").glob("*_*"):
         saved = torch.load(path, weights_only=True)
@@ -674,6 +677,38 @@ def test_a_flipped_byte_is_noticed_or_harmless(place, capsys):
         steps.append(resume())
         assert (steps[-1] == 300) != ("is refused" in capsys.readouterr().err)
     assert set(steps) == {200, 300}, "padding may change, data may not"
+
+
+def test_going_on_removes_a_checkpoint_that_was_being_written_and_counts_its_room_as_free(monkeypatch, place):
+    path = place()
+    half = path.with_name("checkpoint_0000000400.tmp")
+    with half.open("wb") as file:
+        file.truncate(10**8)
+    sizes = sum(each.stat().st_size for each in path.parent.glob("checkpoint_*"))
+    needed = utils_machine.check_disk(constants(), path.parent, ReplayMemory)
+    size = float(re.search(r"up to ([\d.]+) GB each", needed)[1]) * 1e9 + 5e6  # rounded
+    disk = shutil._ntuple_diskusage(1e12, 1e12, int(3 * size - sizes))
+    monkeypatch.setattr(utils_machine.shutil, "disk_usage", lambda _: disk)
+    assert resume() == 300
+    assert not half.exists()
+    with pytest.raises(utils_config.ConfigError, match="free on the disk"):
+        resume()  # which has less to make way now
+
+
+def test_the_minutes_of_a_run_go_on_where_it_goes_on(place):
+    place()
+    with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, ReplayMemory) as run:
+        part = Part()
+        run.resume(part, part)
+        run._began -= 3600
+        run.checkpoint_due(320)
+        run.save(320, None)
+        raise Killed
+    with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, ReplayMemory) as run:
+        run.resume(part, part)
+        run.report(4, 400, np.array([1.0]))
+        assert 60 <= run.evaluations[-1].minutes < 65
+        raise Killed
 
 
 def test_a_missing_checkpoint_gives_way_aloud_to_the_one_before(place, capsys):
@@ -940,10 +975,11 @@ def test_files_with_names_like_those_of_a_run_are_in_no_ones_way(monkeypatch, ru
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
 def test_a_directory_that_cannot_be_synced_is_no_error_and_one_that_fails_is(monkeypatch, tmp_path, number):
-    sync, file = os.fsync, tmp_path / "file"
+    sync, file, synced = os.fsync, tmp_path / "file", []
 
     def fsync(handle: int) -> None:
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+        synced.append((stat.S_ISDIR(os.fstat(handle).st_mode), file.exists()))
+        if synced[-1][0]:
             raise OSError(number, os.strerror(number))
         sync(handle)
 
@@ -953,6 +989,7 @@ def test_a_directory_that_cannot_be_synced_is_no_error_and_one_that_fails_is(mon
         utils_files.write_whole(file, lambda file: file.write(b"all of it"))
     assert file.read_bytes() == b"all of it"
     assert len(os.listdir("/proc/self/fd")) == opened
+    assert synced == [(False, False), (True, True)], "the content before its name"
 
 
 @pytest.mark.parametrize("more", ["models/model_001", "models/checkpoint_0000000200", "eval_001.gif", "rewards.txt"])
@@ -1116,6 +1153,14 @@ def test_memory_refused_while_a_checkpoint_is_read_leaves_it_where_it_is(monkeyp
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limits)
     assert files() == before
+
+
+def test_memory_refused_outside_of_a_run_is_told_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    assert utils_config.run(lambda: bytes(1 << 60), vars(main)) == 1
+    assert capsys.readouterr().err == "error: out of memory: an allocation was refused; free some and try again\n"
+    with pytest.raises(ZeroDivisionError):
+        utils_config.run(lambda: 1 / 0, vars(main))
 
 
 def test_an_error_that_is_none_of_these_keeps_its_traceback(place):
