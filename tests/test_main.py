@@ -698,7 +698,7 @@ def test_earlier_results_are_never_overwritten(monkeypatch, tiny_run):
     with pytest.raises(utils_config.ConfigError, match=r"rewards\.txt is from another run"):
         main.main()
     (run.directory / "rewards.txt").rename(run.directory / "kept.txt")
-    with pytest.raises(utils_config.ConfigError, match="model_000 is from another run"):
+    with pytest.raises(utils_config.ConfigError, match="checkpoint_0000000008 is from another run"):
         main.main()
     (run.directory / "kept.txt").rename(run.directory / "rewards.txt")
     assert {path: path.read_bytes() for path in run.directory.rglob("*") if path.is_file()} == before
