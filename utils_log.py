@@ -1,12 +1,14 @@
 """What a person sees of a run: what it is about to do, its bar, its curves, the picture of its scores, its end."""
 
 import contextlib
+import os
 import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -58,6 +60,11 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
         lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
     if steps <= warm:
         lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends before WARM_STEPS ({warm})")
+    with contextlib.suppress(OSError):  # where no one counts
+        load = os.getloadavg()[0]
+        if device.type == "cpu" and torch.get_num_threads() > 1 and load >= 1:
+            told = f"the processor was busy in the last minute (load {load:.1f})"
+            lines.append(f"{told}: beside other programs --THREADS=1 is several times as fast")
     return "\n".join([*lines, "making the games, the networks and the memory"])
 
 
@@ -67,6 +74,14 @@ def conclusion(run: Run) -> str:
     model, means = run.models / model_name(best.number), count(len(run.evaluations), "mean score")
     told = f"finished after {span(60 * last.minutes)}; the highest of {means} is {best.mean:.1f}, of {model}"
     return f"{told}; to watch it play:\n{watch(model)}"
+
+
+def is_flat(stream: TextIO) -> bool:
+    """Whether it is a terminal without columns, as programs that make terminals leave them: a bar would be nothing."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns == 0
+    except (OSError, ValueError):  # no terminal, or no file at all
+        return False
 
 
 def span(seconds: float) -> str:
@@ -114,13 +129,16 @@ class Curves:
             return action()
         except OSError as error:  # also that of the writer's thread
             self._lost = True
-            tqdm.write(f"cannot write {CURVES}: {error.strerror}; going on without them", file=sys.stderr)
+            tqdm.write(
+                f"cannot write {CURVES}: {error.strerror}; going on without them until the next start", file=sys.stderr
+            )
 
 
 class Log:
     """The bar, the curves and the picture of `run`, which goes on at step `start` with `constants`; a context.
 
-    Where stderr is no terminal, a line every LINE_SECONDS stands for the bar. Time in a `pause` is no one's.
+    Where stderr is no terminal, or one without columns, a line every LINE_SECONDS stands for the bar. Time in a `pause`
+    is no one's.
     """
 
     def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, constants: dict):
@@ -134,8 +152,9 @@ class Log:
         rows = (f"| {name} | {constants[name]} |" for name in utils_config.constants(constants))
         self._curves.add_text("constants", "\n".join(["| constant | value |", "|---|---|", *rows]), start)
         done = min(start, self._total)
+        flat = is_flat(sys.stderr) or None  # None leaves it to tqdm: no bar where there is no terminal
         form = "{percentage:.1f}% {desc} |{bar}|"  # what does not fit is cut off: first the bar
-        self._bar = tqdm(total=self._total, initial=done, bar_format=form, dynamic_ncols=True, disable=None)
+        self._bar = tqdm(total=self._total, initial=done, bar_format=form, dynamic_ncols=True, disable=flat)
         self._line_due = 0.0
         self._paused, self._stopped = 0.0, None  # seconds of pauses, and when the one that is going on began
         self._looks = [deque(maxlen=LOOKS), deque(maxlen=LOOKS)]  # of warming up, and of learning

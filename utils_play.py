@@ -52,7 +52,9 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
             raise ValueError(f"{path} knows {agent.action_dim} actions, {env.game} has {env.get_action_dim()}")
         title = f"{Path(path).name}, {about['step']:,} steps of training"
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+        there = sorted(Path(path).parent.glob("model_*")) if isinstance(error, FileNotFoundError) else []
+        hint = f"; the last one there is {there[-1]}" if there else ""
+        raise ConfigError(f"cannot read {path}: {error.strerror}{hint}") from None
     except ValueError as error:
         raise ConfigError(str(error)) from None
     except (AttributeError, KeyError, TypeError, RuntimeError) as error:  # whatever strange values lead to

@@ -464,6 +464,30 @@ def clock(monkeypatch):
     return clock
 
 
+def test_a_terminal_without_columns_gets_lines(parts, terminal, clock):
+    stderr = terminal(0)
+    with parts.log(total=3_000) as log:
+        for step in (0, 1_000):
+            clock.now += 40
+            log.show(step, None)
+    begins = [line.partition(":")[0] for line in stderr.lines()]
+    assert begins == ["step 0 of 3,000", "step 1,000 of 3,000"]
+
+
+@pytest.mark.parametrize(
+    ("load", "threads", "device", "told"),
+    [(2.06, 2, "cpu", True), (0.9, 2, "cpu", False), (2.06, 1, "cpu", False), (2.06, 2, "cuda", False)],
+)
+def test_a_busy_processor_is_told_where_threads_would_wait_for_each_other(monkeypatch, load, threads, device, told):
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    told_device = {"device": "one", "precision": "float32"}
+    monkeypatch.setattr(utils_log.utils_machine, "describe_device", lambda *_: told_device)
+    lines = utils_log.introduction(vars(main), torch.device(device), "").splitlines()
+    sentence = "the processor was busy in the last minute (load 2.1): beside other programs --THREADS=1 is several"
+    assert any(line.startswith(sentence) for line in lines) == told
+
+
 def test_a_terminal_gets_a_bar_with_a_clean_line_per_evaluation_above_it(parts, terminal, clock):
     stderr = terminal(160)
     with parts.log(total=3_000) as log:
@@ -695,6 +719,14 @@ def test_a_model_that_cannot_play_is_refused_with_a_sentence(run_main, tmp_path,
     assert status == 2
     assert re.fullmatch(rf"error: [^\n]*{re.escape(sentence.format(path=path))}[^\n]*\n", told)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_that_is_not_there_is_told_with_the_last_that_is(run_main, tmp_path):
+    (tmp_path / "models").mkdir()
+    for number in (0, 2):
+        (tmp_path / "models" / f"model_{number:03d}").touch()
+    told = "No such file or directory; the last one there is models/model_002"
+    assert run_main(PLAY="models/model_004") == (2, f"error: cannot read models/model_004: {told}\n")
 
 
 def test_a_checkpoint_is_told_from_a_model(run_main):

@@ -493,7 +493,9 @@ def test_a_run_goes_on_without_curves_and_a_picture_that_cannot_be_written(monke
         status, told = run_main(tmp_path / "run")
         assert threading.excepthook == tracebacks.append
     assert (status, tracebacks) == (0, [])
-    assert told.count("cannot write curves: No such file or directory; going on without them\n") == 1
+    assert (
+        told.count("cannot write curves: No such file or directory; going on without them until the next start\n") == 1
+    )
     assert told.count("cannot write rewards.png: Is a directory; going on without it\n") == 2  # evaluations
     for file in ("rewards.txt", "models/model_002"):
         assert (tmp_path / "run" / file).read_bytes() == (alone() / file).read_bytes()
@@ -504,7 +506,7 @@ def test_a_run_goes_on_without_curves_that_cannot_be_begun(monkeypatch, run_main
     (killed / "curves").touch()
     status, told = run_main(killed)
     assert status == 0
-    assert told.count("cannot write curves: File exists; going on without them\n") == 1
+    assert told.count("cannot write curves: File exists; going on without them until the next start\n") == 1
     for file in ("rewards.txt", "models/model_002"):
         assert (killed / file).read_bytes() == (alone() / file).read_bytes()
 
