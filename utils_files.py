@@ -12,7 +12,10 @@ from typing import BinaryIO
 RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("rewards.png"), Path("curves")
 OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
 NUMBER = r"(\d{3}|[1-9]\d{3,})"  # of an evaluation
-SAVED = re.compile(rf"(model_{NUMBER}|checkpoint_\d{{10}})(\.tmp|\.refused)?")  # in SAVE_PREFIX, all else is the user's
+MODEL = re.compile(rf"model_{NUMBER}")
+SAVED = re.compile(
+    rf"({MODEL.pattern}|checkpoint_\d{{10}})(\.tmp|\.refused)?"
+)  # in SAVE_PREFIX, all else is the user's
 RECORDING = re.compile(rf"eval_{NUMBER}(\.gif)?")
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems answer that cannot sync a directory
 
@@ -25,6 +28,12 @@ def model_name(number: int) -> str:
 def recording_name(number: int) -> str:
     """The directory with the pictures of evaluation `number`; its animation has .gif behind that."""
     return f"eval_{number:03d}"
+
+
+def models_in(directory: Path) -> list[Path]:
+    """The models in `directory`, in the order of their evaluations."""
+    found = {path: MODEL.fullmatch(path.name) for path in directory.glob("model_*")}
+    return sorted((path for path, name in found.items() if name), key=lambda path: int(found[path][1]))
 
 
 def checkpoint_name(step: int) -> str:

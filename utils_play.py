@@ -14,7 +14,7 @@ from torch import Tensor
 from utils_config import ConfigError, Stopped, out_of_memory
 from utils_drl import Agent
 from utils_env import FRAMES_PER_SECOND, SCREEN, AtariEnv, save_animation
-from utils_files import write_whole
+from utils_files import models_in, write_whole
 
 MOVIE = Path("play.gif")
 WIDTH, HEIGHT, PANEL, MARGIN = 4 * SCREEN[1], 2 * SCREEN[0], 300, 16  # pixels of the screen in it, and beside that
@@ -52,7 +52,7 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
             raise ValueError(f"{path} knows {agent.action_dim} actions, {env.game} has {env.get_action_dim()}")
         title = f"{Path(path).name}, {about['step']:,} steps of training"
     except OSError as error:
-        there = sorted(Path(path).parent.glob("model_*")) if isinstance(error, FileNotFoundError) else []
+        there = models_in(Path(path).parent) if isinstance(error, FileNotFoundError) else []
         hint = f"; the last one there is {there[-1]}" if there else ""
         raise ConfigError(f"cannot read {path}: {error.strerror}{hint}") from None
     except ValueError as error:

@@ -723,9 +723,9 @@ def test_a_model_that_cannot_play_is_refused_with_a_sentence(run_main, tmp_path,
 
 def test_a_model_that_is_not_there_is_told_with_the_last_that_is(run_main, tmp_path):
     (tmp_path / "models").mkdir()
-    for number in (0, 2):
-        (tmp_path / "models" / f"model_{number:03d}").touch()
-    told = "No such file or directory; the last one there is models/model_002"
+    for name in ("model_000", "model_999", "model_1000", "model_1001.tmp", "model_best.pt"):
+        (tmp_path / "models" / name).touch()
+    told = "No such file or directory; the last one there is models/model_1000"
     assert run_main(PLAY="models/model_004") == (2, f"error: cannot read models/model_004: {told}\n")
 
 
