@@ -31,6 +31,9 @@ MAX_STEPS: int = 10_000_000  # steps; a finished run goes on with more; 50_000_0
 NUM_ENVS: int = 32  # games in step; more of them feed more cores, and have more updates between two actions
 STACK_SIZE: int = 4  # frames the agent sees, so that it sees motion
 FRAME_SKIP: int = 4  # emulator frames per step
+REPEAT_ACTION_PROBABILITY: float = 0.0  # sticky actions: that an emulator frame repeats the last action instead
+FULL_ACTION_SPACE: bool = False  # all 18 actions of the joystick, not only those that the game uses
+TERMINAL_ON_LIFE_LOSS: bool = True  # for learning a lost life is an end, though the game goes on
 
 # The algorithm: what measured best in 800,000 steps of Breakout; README.md has a classic recipe as one line
 GAMMA: float = 0.99  # discount per step
@@ -62,6 +65,7 @@ V_MAX: float = 10.0  # with ATOMS: the largest of those returns, and minus that 
 # Measuring
 EVALUATE_FREQ: int = 400_000  # steps between evaluations; each takes seconds, and a GPU makes 10,000 steps in one
 EVAL_EPISODES: int = 10  # games per evaluation
+EVAL_FRAMES: int = 18_000  # emulator frames after which a game of them ends, five minutes
 EVAL_EPS: float = 0.05  # probability of a random action in them; at 0 a greedy Breakout agent may wait for ever
 RENDER: bool = False  # write one evaluation game as pictures and an animation, eval_000/ and eval_000.gif
 PLAY: str = ""  # a model such as models/model_008: play a game with it, write that as play.gif, and train nothing
@@ -80,7 +84,7 @@ def main() -> None:
     device = utils_machine.choose_device(DEVICE)
     dtype = utils_machine.prepare(device, PRECISION, THREADS)
     if PLAY:
-        utils_play.play(PLAY, device, dtype, EVAL_EPS, SEED)
+        utils_play.play(PLAY, device, dtype, EVAL_EPS, EVAL_FRAMES, SEED)
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
     with utils_run.open_run(globals(), device, Memory) as run:
@@ -105,11 +109,12 @@ def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: 
         with log.pause(step, "evaluating the network"):
             run.check(step, loss, weights=True)
             with run.interruptible(step):
-                scores = env.evaluate(agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], record=RENDER)
+                scores = env.evaluate(
+                    agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], max_frames=EVAL_FRAMES, record=RENDER
+                )
                 if RENDER:
                     env.save_recording(recording_name(number))
-            about = {"game": env.game, "frame_skip": FRAME_SKIP, "step": step, "score": float(scores.mean())}
-            agent.save(run.models / model_name(number), **about)
+            agent.save(run.models / model_name(number), rules=env.rules, step=step, scores=scores.tolist())
             run.report(number, step, scores)
             log.tell_evaluation()
 
@@ -153,6 +158,9 @@ def make_env(device: torch.device) -> AtariEnv:
         device,
         stack_size=STACK_SIZE,
         frame_skip=FRAME_SKIP,
+        repeat_action_probability=REPEAT_ACTION_PROBABILITY,
+        full_action_space=FULL_ACTION_SPACE,
+        terminal_on_life_loss=TERMINAL_ON_LIFE_LOSS,
         num_threads=utils_machine.choose_emulator_threads(device),
         graphs=CUDA_GRAPHS,
     )

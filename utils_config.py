@@ -15,7 +15,7 @@ from typing import TextIO
 
 import torch
 
-from utils_env import normalize_game
+from utils_env import LEAST_FRAMES, normalize_game
 
 MOST = {  # far beyond what is useful, and short of what the machine or the emulators would choke on
     "MAX_STEPS": 10**9,
@@ -27,6 +27,7 @@ MOST = {  # far beyond what is useful, and short of what the machine or the emul
     "N_STEP": 1000,
     "QUANTILES": 1000,
     "ATOMS": 1000,
+    "EVAL_FRAMES": 10**9,
 }
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 KINDS = {bool: "True or False", int: "a whole number", float: "a number", str: "a text"}  # of constants
@@ -236,6 +237,9 @@ def _check(c: argparse.Namespace) -> None:
         need(getattr(c, name) <= most, f"{name} must be at most {most}, not {getattr(c, name)}")
     for name in ("EPS_START", "EPS_END", "EVAL_EPS", "GAMMA", "ALPHA", "BETA_START"):
         need(0 <= getattr(c, name) <= 1, f"{name} must be from 0 to 1, not {getattr(c, name)}")
+    sticky = c.REPEAT_ACTION_PROBABILITY
+    need(0 <= sticky < 1, f"REPEAT_ACTION_PROBABILITY must be at least 0 and below 1, not {sticky}")
+    need(c.EVAL_FRAMES >= LEAST_FRAMES, f"EVAL_FRAMES must be at least {LEAST_FRAMES}, not {c.EVAL_FRAMES}")
     for name in ("LEARNING_RATE", "ADAM_EPS"):
         need(0 < getattr(c, name) < float("inf"), f"{name} must be a positive number, not {getattr(c, name)}")
     factor = c.LEARNING_RATE_END_FACTOR

@@ -392,7 +392,11 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
             raise ValueError("its checksums are not those of its parts")
         saved = torch.load(path, map_location=device, weights_only=True)
         weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
-        return saved["about"], EARLIER | saved["shape"], weights
+        about, shape = saved["about"], EARLIER | saved["shape"]
+        if "frame_skip" in about:  # from before the rules of the games had a name
+            earlier = {name: about.pop(name) for name in ("game", "frame_skip")}
+            about["rules"] = {"stack_size": shape["stack_size"], **earlier}
+        return about, shape, weights
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged file raises any of a dozen kinds

@@ -52,7 +52,8 @@ def normalize_game(name: str) -> str:
 class AtariEnv:
     """`num_envs` games of one ROM, advanced together by the emulators' own threads.
 
-    - A lost life is terminal for learning, but the game goes on. Rewards are clipped to [-1, 1]; raw scores are kept.
+    - A lost life is terminal for learning, but the game goes on; without `terminal_on_life_loss` only a game's end is.
+    - Rewards are clipped to [-1, 1]; raw scores are kept.
     - FIRE is pressed for the agent after a reset (by the vectoriser) and after a lost life, where the game has it;
       without it Breakout never serves the next ball. The transition names the action that was really executed.
     - The row after a game's end is the first of the next game: its action was ignored and its age is 0.
@@ -62,6 +63,10 @@ class AtariEnv:
 
     With `graphs`, on a GPU, what happens there in a step is a CUDA graph. On a GPU, what `reset` and `step` return is
     valid until the next of them; on other devices it is not touched again.
+
+    `repeat_action_probability` and `full_action_space` are ale-py's: the chance that an emulator frame repeats the last
+    action instead (sticky actions, Machado et al. 2018, section 5.2), and all 18 actions in place of the game's own.
+    `rules` are the arguments by which games like these are made, to be saved with an agent that has learned them.
 
     The spaces are named as in gymnasium's vector environments, and hold what `reset` and `step` return as states and
     take as actions; what else these return is a row for the memory in place of gymnasium's rewards, ends and infos.
@@ -75,6 +80,9 @@ class AtariEnv:
         *,
         stack_size: int = 4,
         frame_skip: int = 4,
+        repeat_action_probability: float = 0.0,
+        full_action_space: bool = False,
+        terminal_on_life_loss: bool = True,
         num_threads: int = 0,
         max_frames: int = EPISODE_FRAMES,
         graphs: bool = True,
@@ -85,15 +93,20 @@ class AtariEnv:
             raise ValueError(f"a game's limit must be at least {LEAST_FRAMES} frames, not {max_frames}")
         self.game, self.num_envs, self.device = normalize_game(game), num_envs, torch.device(device)
         self.stack_size, self.frame_skip, self.num_threads = stack_size, frame_skip, num_threads
-        self._emulators = AtariVectorEnv(
-            self.game,
+        self.rules = {
+            "game": self.game,
+            "stack_size": stack_size,
+            "frame_skip": frame_skip,
+            "repeat_action_probability": repeat_action_probability,
+            "full_action_space": full_action_space,
+        }
+        self._emulators = _make_emulators(
+            self.rules,
             num_envs,
+            max_frames,
             num_threads=min(num_threads, num_envs),
-            max_num_frames_per_episode=max_frames,
-            frameskip=frame_skip,
-            stack_num=1,  # stacks are built where the agent is, from frames that travel once
-            reward_clipping=False,  # clipping inside would lose the score
-            life_loss_info=True,  # episodic_life would restart the whole game and hide the later lives' states
+            # Where a lost life is terminal; episodic_life would restart the game and hide the later lives' states.
+            life_loss_info=terminal_on_life_loss,
         )
         self.single_observation_space = Box(0, 255, (stack_size, *FRAME_SHAPE), np.uint8)
         self.single_action_space = self._emulators.single_action_space
@@ -102,7 +115,7 @@ class AtariEnv:
         self._meanings = [action.name for action in self._emulators.ale.get_action_set()]
         self._fire = self._meanings.index("FIRE") if "FIRE" in self._meanings else None
         self._in_flight = False
-        self._lives = 0
+        self._lives = 0  # at the start of a game
         self._graphs = Graphs(self.device, graphs)
         self._states = torch.zeros(num_envs, stack_size, *FRAME_SHAPE, dtype=torch.uint8, device=self.device)
         if self.device.type == "cuda":  # pinned, so that an upload needs no wait, and to where a graph finds it
@@ -132,11 +145,13 @@ class AtariEnv:
             self.recv()  # the vectoriser would answer the reset with this step
         self._seeds = np.random.SeedSequence(seed).generate_state(self.num_envs) >> 1  # the vectoriser takes 31 bits
         frames, info = self._emulators.reset(seed=self._seeds.astype(np.int64))
-        self._lives = int(info["lives"][0])
+        self._lives_left = info["lives"]
+        self._lives = int(self._lives_left[0])
         self._clock = info["episode_frame_number"]
         self._ages = np.zeros(self.num_envs, np.int64)
         self._totals = np.zeros((2, len(Episode._fields), self.num_envs))  # of the running games and of their lives
         self._terminals = np.zeros(self.num_envs, bool)
+        self._lost = np.zeros(self.num_envs, bool)  # the games that have just lost a life
         self._actions = np.zeros(self.num_envs, np.int64)
         return self._row(frames, np.zeros(self.num_envs))
 
@@ -154,7 +169,7 @@ class AtariEnv:
             wrong = actions[illegal][0]
             raise ValueError(f"an action of {self.game} is from 0 to {len(self._meanings) - 1}, not {wrong}")
         if self._fire is not None and self._lives:
-            actions[self._terminals] = self._fire
+            actions[self._lost] = self._fire
         self._actions = actions
         self._in_flight = True
         self._emulators.send(actions)
@@ -169,6 +184,8 @@ class AtariEnv:
         # reports neither truncation nor the last life, and some games play their last life with none left.
         restarted = info["episode_frame_number"] < self._clock
         self._clock = info["episode_frame_number"]
+        self._lost = self._terminals | (info["lives"] < self._lives_left)
+        self._lives_left = info["lives"]
         self._ages = np.where(restarted, 0, np.minimum(self._ages + 1, max(self.stack_size - 1, 1)))
         clipped = np.clip(rewards, -1, 1)
         self._note(rewards, clipped, restarted)
@@ -188,8 +205,8 @@ class AtariEnv:
             self.finished_lives += _take(lives, restarted & (lives[2] > 0))  # cut short by the limit
         for row, gains in enumerate((rewards, clipped, ~restarted)):
             self._totals[:, row] += gains
-        if self._terminals.any():
-            self.finished_lives += _take(lives, self._terminals)
+        if self._lost.any():
+            self.finished_lives += _take(lives, self._lost)
 
     def _row(self, frames: np.ndarray, rewards: np.ndarray) -> tuple[Tensor, Transition]:
         table = np.stack([self._actions, rewards, self._terminals, self._ages], axis=1).astype(np.float32)
@@ -254,21 +271,19 @@ class AtariEnv:
             games.finished_games.clear()
         games.finished_lives.clear()
         if record:
-            self._replay = _replay(self.game, self.frame_skip, max_frames, games._seeds[0], played[:-1])
+            self._replay = _replay(self.rules, max_frames, games._seeds[0], played[:-1])
         return scores
 
     def _evaluation_games(self, episodes: int, max_frames: int) -> "AtariEnv":
         """Emulators for evaluations, kept from one to the next: a reset makes them as good as new."""
         if (episodes, max_frames) not in self._evaluations:
             self._evaluations[episodes, max_frames] = AtariEnv(
-                self.game,
-                episodes,
-                self.device,
-                stack_size=self.stack_size,
-                frame_skip=self.frame_skip,
+                num_envs=episodes,
+                device=self.device,
                 num_threads=self.num_threads,
                 max_frames=max_frames,
                 graphs=self._graphs.in_use,
+                **self.rules,
             )
         return self._evaluations[episodes, max_frames]
 
@@ -321,22 +336,26 @@ def _take(totals: np.ndarray, ended: np.ndarray) -> list[Episode]:
     return episodes
 
 
-def _replay(
-    game: str, frame_skip: int, max_frames: int, seed: int, actions: list[int]
-) -> Iterator[tuple[np.ndarray, float]]:
-    """The game that `seed` starts and `actions` play, in true colour, with its score: an emulator is deterministic."""
-    screen = AtariVectorEnv(
-        game,
-        1,
-        num_threads=1,
+def _make_emulators(rules: dict, num_envs: int, max_frames: int, **options) -> AtariVectorEnv:
+    """Emulators of `num_envs` games by the `rules` of an AtariEnv, each at most `max_frames` frames long."""
+    return AtariVectorEnv(
+        rules["game"],
+        num_envs,
         max_num_frames_per_episode=max_frames,
-        frameskip=frame_skip,
-        stack_num=1,
-        grayscale=False,
-        img_height=SCREEN[0],
-        img_width=SCREEN[1],
-        reward_clipping=False,
+        frameskip=rules["frame_skip"],
+        repeat_action_probability=rules["repeat_action_probability"],
+        full_action_space=rules["full_action_space"],
+        stack_num=1,  # stacks are built where the agent is, from frames that travel once
+        reward_clipping=False,  # clipping inside would lose the score
+        **options,
     )
+
+
+def _replay(rules: dict, max_frames: int, seed: int, actions: list[int]) -> Iterator[tuple[np.ndarray, float]]:
+    """The game that `seed` starts and `actions` play, in true colour, with its score: an emulator is deterministic."""
+    height, width = SCREEN
+    colours = {"grayscale": False, "img_height": height, "img_width": width}
+    screen = _make_emulators(rules, 1, max_frames, num_threads=1, **colours)
     frames, _ = screen.reset(seed=int(seed))
     score = 0.0
     yield frames[0, 0], score

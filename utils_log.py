@@ -22,7 +22,7 @@ import utils_config
 import utils_machine
 from utils_config import count
 from utils_drl import Agent
-from utils_env import EVAL_FRAMES, AtariEnv, normalize_game
+from utils_env import AtariEnv, normalize_game
 from utils_files import CURVES, PICTURE, REWARDS, model_name, write_whole
 from utils_record import watch
 from utils_run import Run
@@ -55,7 +55,7 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
         f"Ctrl-C stops the run at any time, and the same command goes on: {utils_config.command_line()}",
     ]
     period = constants["CHECKPOINT_FREQ"] // constants["NUM_ENVS"]
-    if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < EVAL_FRAMES:
+    if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < constants["EVAL_FRAMES"]:
         told = f"every game starts anew after {count(period, 'step')} of its own, so its later part is never seen"
         lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
     if steps <= warm:
@@ -293,6 +293,8 @@ def heading(constants: dict) -> str:
     options += [f"V_MAX={constants['V_MAX']:g}"] * (constants["ATOMS"] > 1)
     options.append(f"SEED={constants['SEED']}")
     games = f"{count(constants['EVAL_EPISODES'], 'game')} per evaluation, epsilon {constants['EVAL_EPS']:g}"
+    if sticky := constants["REPEAT_ACTION_PROBABILITY"]:
+        games += f", actions repeat with {sticky:g}"
     return f"{normalize_game(constants['GAME'])}: {games}\n{', '.join(options)}"
 
 

@@ -39,15 +39,14 @@ class Watched:
         return actions
 
 
-def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, seed: int) -> None:
+def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, max_frames: int, seed: int) -> None:
     """Play a game with the model at `path` and write it, beside its Q values, as MOVIE. Raises Stopped."""
     path = os.path.expanduser(path)
     if Path(path).name.startswith("checkpoint_"):
         raise ConfigError(f"{path} is a checkpoint, from which a run goes on; models are called model_000 and so on")
     try:
         agent, about = Agent.from_model(path, device, dtype=dtype, graphs=False)
-        frames = {"stack_size": agent.shape["stack_size"], "frame_skip": about["frame_skip"]}
-        env = AtariEnv(about["game"], 1, device, graphs=False, **frames)
+        env = AtariEnv(num_envs=1, device=device, graphs=False, **about["rules"])
         if env.get_action_dim() != agent.action_dim:
             raise ValueError(f"{path} knows {agent.action_dim} actions, {env.game} has {env.get_action_dim()}")
         title = f"{Path(path).name}, {about['step']:,} steps of training"
@@ -63,7 +62,7 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, se
         raise ConfigError(f"{path} does not say for which game and network it is") from None
     print(f"{path}: playing a game of {env.game}", file=sys.stderr)
     watched = Watched(agent)
-    (score,) = env.evaluate(watched, 1, epsilon, seed, record=True)
+    (score,) = env.evaluate(watched, 1, epsilon, seed, max_frames=max_frames, record=True)
     print(f"score {score:g}, writing {len(watched.values)} pictures", file=sys.stderr)
     before = signal.getsignal(signal.SIGINT)
     try:

@@ -249,10 +249,10 @@ def evaluate(run: Run, steps: int) -> None:
     device = utils_machine.choose_device(constants["DEVICE"])
     dtype = utils_machine.prepare(device, constants["PRECISION"], constants["THREADS"])
     model = run.directory / "models" / model_name(number)
-    agent, _ = Agent.from_model(model, device, dtype=dtype, graphs=constants["CUDA_GRAPHS"])
-    frames = {"stack_size": constants["STACK_SIZE"], "frame_skip": constants["FRAME_SKIP"]}
-    threads = utils_machine.choose_emulator_threads(device)
-    env = AtariEnv(run.record["game"], 1, device, num_threads=threads, graphs=constants["CUDA_GRAPHS"], **frames)
+    options = {"graphs": constants["CUDA_GRAPHS"]}
+    agent, about = Agent.from_model(model, device, dtype=dtype, **options)
+    options["num_threads"] = utils_machine.choose_emulator_threads(device)
+    env = AtariEnv(num_envs=1, device=device, **options, **about["rules"])
     seed = [constants["SEED"], steps, 4]  # training ends its seeds in 0 to 3
     scores = {str(epsilon): env.evaluate(agent, STRICT_GAMES, epsilon, seed).tolist() for epsilon in STRICT_EPS}
     write(result, json.dumps({"steps": steps, "number": number, "seed": seed, "scores": scores}))

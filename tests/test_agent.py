@@ -830,10 +830,16 @@ def test_the_python_in_the_readme_works(monkeypatch, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("models").mkdir()
-    Agent(ACTIONS).save("models/model_001", game="breakout", frame_skip=20)
+    Agent(ACTIONS).save("models/model_001", rules={"game": "breakout", "frame_skip": 20})
     code = "".join(blocks)
     assert "Agent.from_model" in code
     exec(code.replace("agent, 30,", "agent, 2,"), {})  # 30 games would take a while
+
+
+def test_a_model_from_before_its_rules_had_a_name_is_read_like_a_new_one(tmp_path):
+    Agent(ACTIONS, stack_size=2).save(tmp_path / "model", game="pong", frame_skip=5, step=7)
+    _, about = Agent.from_model(tmp_path / "model")
+    assert about == {"rules": {"game": "pong", "stack_size": 2, "frame_skip": 5}, "step": 7}
 
 
 def test_save_replaces_an_older_file_and_leaves_nothing_beside_it(tmp_path):

@@ -204,12 +204,14 @@ def test_a_frame_is_the_area_average_of_the_last_two_gray_screens_at_their_brigh
         ("montezuma_revenge", 3, 600, 1800, {}, "lost lives, game overs, frame limits"),
         ("ms_pacman", 2, 400, 1200, {}, "lost lives, scores above 1"),  # it has no FIRE to press
         ("breakout", 2, 250, 600, {"stack_size": 2, "frame_skip": 3}, "lost lives, frame limits"),
+        ("breakout", 3, 500, 640, {"terminal_on_life_loss": False}, "lost lives, game overs, frame limits"),
+        ("pong", 2, 100, 300, {"repeat_action_probability": 0.25, "full_action_space": True}, "frame limits"),
     ],
 )
 def test_states_and_rows_equal_ales_own_through_lost_lives_and_ends(
     game, games, steps, max_frames, options, kinds, starts
 ):
-    size = options.get("stack_size", 4)
+    size, life_loss = options.get("stack_size", 4), options.get("terminal_on_life_loss", True)
     env = AtariEnv(game, games, max_frames=max_frames, **options)
     states, row = env.reset(11)
     seeds, clock = starts[0]
@@ -220,9 +222,12 @@ def test_states_and_rows_equal_ales_own_through_lost_lives_and_ends(
         frameskip=options.get("frame_skip", 4),
         max_num_frames_per_episode=max_frames,
         reward_clipping=False,
-        life_loss_info=True,
+        life_loss_info=life_loss,
+        repeat_action_probability=options.get("repeat_action_probability", 0.0),
+        full_action_space=options.get("full_action_space", False),
     )
-    assert np.array_equal(states, ale.reset(seed=seeds)[0])
+    frames, info = ale.reset(seed=seeds)
+    assert np.array_equal(states, frames)
     meanings = env.get_action_meanings()
     fire = meanings.index("FIRE") if "FIRE" in meanings else None
     first_clock, scores, finished = clock.copy(), np.zeros(games), []
@@ -231,7 +236,7 @@ def test_states_and_rows_equal_ales_own_through_lost_lives_and_ends(
 
     rng = np.random.default_rng(0)
     for _ in range(steps):
-        sent = rng.integers(len(meanings), size=games)
+        sent, lives = rng.integers(len(meanings), size=games), info["lives"]
         states, row = env.step(sent)
         expected, rewards, terminated, _, info = ale.step(row.actions.numpy())
 
@@ -249,7 +254,7 @@ def test_states_and_rows_equal_ales_own_through_lost_lives_and_ends(
         game_over = terminated & (info["lives"] == 0)
         limit = info["episode_frame_number"] - first_clock >= max_frames
         ended = game_over | limit
-        lost_life = terminated & ~ended
+        lost_life = (terminated if life_loss else info["lives"] < lives) & ~ended
         finished += list(scores[ended])
         seen["lost lives"] += lost_life.sum()
         seen["game overs"] += game_over.sum()
@@ -658,8 +663,9 @@ def test_recorded_frames_are_the_true_colours_of_the_first_game_from_start_to_en
         assert np.array_equal(frame, other)
 
 
-def test_a_recorded_game_shows_what_the_agent_saw():
-    env = AtariEnv("breakout", 1)
+@pytest.mark.parametrize("options", [{}, {"repeat_action_probability": 0.5, "full_action_space": True}])
+def test_a_recorded_game_shows_what_the_agent_saw(options):
+    env = AtariEnv("breakout", 1, **options)
     agent = ScriptedAgent([RIGHT, LEFT, LEFT, NOOP, RIGHT] * 100)
     env.evaluate(agent, 2, 0.05, seed=6, max_frames=320, record=True)
     frames = recorded(env)

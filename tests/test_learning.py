@@ -106,7 +106,7 @@ class TableEnv:
     """Games of `table` behind AtariEnv's interface, for a stack size of 1."""
 
     def __init__(self, table: Table, num_envs: int):
-        self.game, self.table, self.pictures = "table", table, pictures(table)
+        self.game, self.table, self.pictures, self.rules = "table", table, pictures(table), {}
         turns = Counter()
         self.games = [Game(table, turns) for _ in range(num_envs)]
         self.finished_games, self.finished_lives = [], []
@@ -132,7 +132,7 @@ class TableEnv:
         self.send(actions)
         return self.recv()
 
-    def evaluate(self, agent, episodes, epsilon, seed, *, record=False):
+    def evaluate(self, agent, episodes, epsilon, seed, *, max_frames, record=False):
         """Scores of whole games, played by an environment of their own."""
         rng = np.random.default_rng(seed)
         games, scores, playing = TableEnv(self.table, episodes), np.zeros(episodes), np.ones(episodes, bool)

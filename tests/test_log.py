@@ -384,6 +384,8 @@ def test_the_picture_is_headed_by_the_game_how_it_was_measured_and_the_options_t
         "AVERAGE_STEPS": 1,
     }
     assert heading(constants) == "pong: 7 games per evaluation, epsilon 0.01\nDOUBLE_DQN, N_STEP=3, SEED=3"
+    constants["REPEAT_ACTION_PROBABILITY"] = 0.25
+    assert heading(constants).startswith("pong: 7 games per evaluation, epsilon 0.01, actions repeat with 0.25\n")
     constants |= {"PRIORITIZED": True, "DUELING": True, "LAYER_NORM": True, "N_STEP": 1, "ATOMS": 51, "V_MAX": 20.0}
     told = "PRIORITIZED, DOUBLE_DQN, DUELING, LAYER_NORM, ATOMS=51, V_MAX=20, SEED=3"
     assert heading(constants).splitlines()[1] == told
@@ -614,16 +616,16 @@ def test_a_span_of_time_is_one_word(seconds, word):
 # A game to watch
 
 
-def save(path: Path, game: str = "breakout", **about) -> Path:
+def save(path: Path, game: str = "breakout", **rules) -> Path:
     """A new model of `game`, which says of itself what a run's models do."""
-    env = AtariEnv(game, 1, stack_size=2)
+    env = AtariEnv(game, 1, stack_size=2, **rules)
     agent = Agent(env.get_action_dim(), stack_size=2, dueling=True, quantiles=3)
-    agent.save(path, **{"game": env.game, "frame_skip": 4, "step": 0, "score": 0.0} | about)
+    agent.save(path, rules=env.rules, step=0, scores=[0.0])
     return path
 
 
 def test_a_model_plays_its_own_game_in_true_colour_one_picture_a_step(run_main, tmp_path):
-    path = save(tmp_path / "model", "pong", frame_skip=20)
+    path = save(tmp_path / "model", "pong", frame_skip=20, repeat_action_probability=0.25, full_action_space=True)
     (tmp_path / "run.json").write_text("a run of something else")
     status, told = run_main(PLAY=str(path), GAME="breakout", STACK_SIZE=4, EVAL_EPS=0.5)
     assert status == 0
@@ -706,9 +708,9 @@ def columns(pixels: np.ndarray, colour: tuple[int, int, int], rows: int) -> int:
         (lambda path: path.mkdir(), "cannot read {path}: Is a directory"),
         (lambda path: path.write_bytes(save(path).read_bytes()[:5000]), "it is damaged"),
         (lambda path: Agent(4).save(path), "does not say for which game and network it is"),
-        (lambda path: Agent(4).save(path, game="brekout", frame_skip=4), "is it 'breakout'"),
-        (lambda path: Agent(6).save(path, game="breakout", frame_skip=4), "knows 6 actions, breakout has 4"),
-        (lambda path: Agent(4).save(path, game=[], frame_skip=4), "does not say for which game and network it is"),
+        (lambda path: Agent(4).save(path, rules={"game": "brekout"}), "is it 'breakout'"),
+        (lambda path: Agent(6).save(path, rules={"game": "breakout"}), "knows 6 actions, breakout has 4"),
+        (lambda path: Agent(4).save(path, rules={"game": []}), "does not say for which game and network it is"),
     ],
     ids=["text", "directory", "cut", "silent", "game", "actions", "type"],
 )

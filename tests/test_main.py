@@ -212,6 +212,9 @@ class Recorder:
 ARRIVING = {
     "STACK_SIZE": 3,
     "FRAME_SKIP": 5,
+    "REPEAT_ACTION_PROBABILITY": 0.15,
+    "FULL_ACTION_SPACE": False,
+    "TERMINAL_ON_LIFE_LOSS": False,
     "LEARNING_RATE": 0.45,
     "LEARNING_RATE_END_FACTOR": 0.35,
     "LEARNING_RATE_DECAY": 79,
@@ -234,8 +237,8 @@ ARRIVING = {
 }
 # No two constants have the same values in all of these runs, so none can have arrived in place of another.
 ARRIVALS = [
-    {"QUANTILES": 4, "DOUBLE_DQN": True, "CUDA_GRAPHS": True},
-    {"ATOMS": 7, "DUELING": True, "CUDA_GRAPHS": True},
+    {"QUANTILES": 4, "DOUBLE_DQN": True, "CUDA_GRAPHS": True, "FULL_ACTION_SPACE": True},
+    {"ATOMS": 7, "DUELING": True, "CUDA_GRAPHS": True, "TERMINAL_ON_LIFE_LOSS": True},
     {"LAYER_NORM": True},
 ]
 # Constant, another value: rows or weights must differ from those of a plain prioritized run of Atari games ...
@@ -245,6 +248,10 @@ EFFECTS_ON_GAMES = [
     ("NUM_ENVS", 5),
     ("STACK_SIZE", 2),
     ("FRAME_SKIP", 3),
+    ("REPEAT_ACTION_PROBABILITY", 0.25),
+    ("FULL_ACTION_SPACE", True),
+    ("TERMINAL_ON_LIFE_LOSS", False),
+    ("EVAL_FRAMES", 200),
     ("EVAL_EPISODES", 3),
     ("EVAL_EPS", 0.5),
     ("PRECISION", "bfloat16"),
@@ -498,6 +505,8 @@ BAD = [
     (["--EPS_END=-0.1"], "EPS_END must be from 0 to 1"),
     (["--EPS_START=0.1", "--EPS_END=0.2"], "EPS_END (0.2) must not be above EPS_START (0.1)"),
     (["--EVAL_EPS=nan"], "EVAL_EPS must be from 0 to 1"),
+    (["--EVAL_FRAMES=39"], "EVAL_FRAMES must be at least 40"),
+    (["--REPEAT_ACTION_PROBABILITY=1"], "REPEAT_ACTION_PROBABILITY must be at least 0 and below 1, not 1.0"),
     (["--GAMMA=2"], "GAMMA must be from 0 to 1"),
     (["--ALPHA=-1"], "ALPHA must be from 0 to 1"),
     (["--BETA_START=7"], "BETA_START must be from 0 to 1"),
@@ -753,8 +762,10 @@ def test_a_model_loads_into_an_agent_and_names_its_game_and_score(tiny_run):
     run = tiny_run(MAX_STEPS=8, FRAME_SKIP=5)
     agent = utils_drl.Agent(4)
     about = agent.load(run.directory / "models" / "model_000")
-    assert f"{about.pop('score'):.1f}" == run.lines[0].split()[2]
-    assert about == {"game": "breakout", "frame_skip": 5, "step": 0}
+    assert f"{np.mean(about['scores']):.1f}" == run.lines[0].split()[2]
+    assert about["step"] == 0
+    assert AtariEnv(num_envs=1, **about["rules"]).rules == about["rules"]
+    assert (about["rules"]["game"], about["rules"]["frame_skip"]) == ("breakout", 5)
 
 
 @pytest.mark.parametrize("game", ["seaquest", "montezuma_revenge"])
