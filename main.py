@@ -102,25 +102,25 @@ def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: 
 
     def evaluate(step: int) -> None:
         """Play, save and note the evaluation that is due after `step`, if there is one."""
-        if not (due(step, EVALUATE_FREQ) or step >= MAX_STEPS) or run.evaluated(step):
+        if run.is_evaluated or not (due(step, EVALUATE_FREQ) or step >= MAX_STEPS):
             return
-        number = step // EVALUATE_FREQ + (not due(step, EVALUATE_FREQ))  # a last one off the beat has the next number
+        number = len(run.evaluations)
         log.settle(step)
         with log.pause(step, "evaluating the network"):
-            run.check(step, loss, weights=True)
-            with run.interruptible(step):
+            run.check(loss, weights=True)
+            with run.interruptible():
                 scores = env.evaluate(
                     agent, EVAL_EPISODES, EVAL_EPS, seed=[SEED, step, 1], max_frames=EVAL_FRAMES, record=RENDER
                 )
                 if RENDER:
                     env.save_recording(recording_name(number))
             agent.save(run.models / model_name(number), rules=env.rules, step=step, scores=scores.tolist())
-            run.report(number, step, scores)
+            run.report(scores)
             log.tell_evaluation()
 
     def restart(step: int) -> tuple[torch.Tensor, Transition]:
         """Start the games and all random numbers anew, from SEED and `step` alone; the games' states and first row."""
-        with log.pause(step, "starting the games"), run.interruptible(step):
+        with log.pause(step, "starting the games"), run.interruptible():
             agent.reseed([SEED, step, 2])
             memory.reseed([SEED, step, 3])
             return env.reset(seed=[SEED, step, 0])
@@ -135,18 +135,19 @@ def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: 
             env.send(actions)  # ... the emulators start on their own threads ...
             memory.push(row)  # ... and meanwhile what led here is remembered ...
             if due(step, utils_log.SHOW_FREQ):
-                run.check(step, loss)
+                run.check(loss)
                 log.show(step, loss)
             if training and (updates := due(step, POLICY_UPDATE)):
                 loss = agent.learn(memory, BATCH_SIZE, updates)  # ... and the learner works
             states, row = env.recv()
+            run.step = step  # what a checkpoint would hold from here on
             if due(step, TARGET_UPDATE):
                 agent.sync()
             evaluate(step)
-            if run.checkpoint_due(step):
+            if run.checkpoint_due():
                 log.settle(step)
                 with log.pause(step, "writing a checkpoint"):
-                    run.save(step, loss)
+                    run.save(loss)
                 states, row = restart(step)  # the row in hand is given up: its games end here
 
 

@@ -1,4 +1,7 @@
-"""The constants of main.py: overridden from the command line, checked before anything is allocated or written."""
+"""The command: main.py's constants, overridden and checked before anything is allocated or written; how it ends.
+
+`run` calls main() and turns what ends it early into a sentence on stderr and an exit status.
+"""
 
 import argparse
 import contextlib
@@ -49,7 +52,10 @@ class ConfigError(Stopped):
 
 
 class Audience:
-    """A text stream that somebody reads. When nobody does any more, SIGHUP is raised, as for a lost terminal."""
+    """A text stream that somebody reads. When nobody does any more, SIGHUP is raised, as for a lost terminal.
+
+    Where it is a file on a full disk it has gaps: what the run itself writes tells of those.
+    """
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -70,6 +76,8 @@ class Audience:
         try:
             action()
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                return
             if error.errno not in (errno.EPIPE, errno.EIO):
                 raise
             fall_silent(self._stream)
@@ -293,3 +301,8 @@ def count(number: int, noun: str) -> str:
 def command_line() -> str:
     """The command that started the program, as a shell reads it."""
     return shlex.join(["python", *sys.argv])
+
+
+def play_command(model: Path) -> str:
+    """The command that plays a game with `model`, likewise."""
+    return shlex.join(["python", sys.argv[0], f"--PLAY={model}"])

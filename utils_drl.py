@@ -128,7 +128,7 @@ class Agent:
         # On a GPU both lie there, since a graph would go on with the numbers that it was recorded with, in float64: 1 -
         # 0.999 in float32 is wrong by 1e-5, as are the first updates. Elsewhere the host reads them and must not wait.
         updates = torch.zeros((), dtype=torch.float64, device=self.device) if on_gpu else torch.zeros(())
-        self._rate = torch.zeros_like(updates) if on_gpu else 0.0
+        self._rate = torch.full_like(updates, learning_rate) if on_gpu else learning_rate
         self._adam = {**moments, "step": updates}  # what Adam keeps, by torch's names
         # Where the acting graphs look for states, by their number and the network that acts.
         self._acting: dict[tuple[int, DQN], Tensor] = {}
@@ -196,7 +196,8 @@ class Agent:
         return network.distribution.means(self._network(network)(states))
 
     def learn(self, memory, batch_size: int, updates: int = 1) -> Tensor:
-        """`updates` updates, each from its own `batch_size` transitions, whose priorities then follow the TD errors.
+        """`updates` updates, at least 1, each from its own `batch_size` transitions, whose priorities then follow the
+        TD errors.
 
         They are drawn, and valued by the target network, in one go: it does not change in between, and a large forward
         pass costs less than many small ones. Returns the last loss, a scalar on the device, without waiting for it.
@@ -334,10 +335,8 @@ class Agent:
             copy_all([self._averages.detach(), self._averaged], [state["average"], state["averaged"]])
         self.policy.load_state_dict(state["policy"])
         self.target.load_state_dict(state["target"])
-        # Before it had a name of its own torch.optim.Adam wrote it, and nothing before the first update.
-        saved = state["adam"] if "adam" in state else state["optimizer"]["state"].get(0)
         for name, tensor in self._adam.items():
-            tensor.copy_(saved[name]) if saved else tensor.zero_()
+            tensor.copy_(state["adam"][name])
         self._trained_steps = state["trained_steps"]
 
     def save(self, path: str | os.PathLike, **about) -> None:
@@ -391,7 +390,7 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
         if not is_whole(path):
             raise ValueError("its checksums are not those of its parts")
         saved = torch.load(path, map_location=device, weights_only=True)
-        weights = {name: weight + 0 for name, weight in saved["weights"].items()}  # raises for what is no tensor
+        weights = {name: weight.clone() for name, weight in saved["weights"].items()}  # raises for what is no tensor
         about, shape = saved["about"], EARLIER | saved["shape"]
         if "frame_skip" in about:  # from before the rules of the games had a name
             earlier = {name: about.pop(name) for name in ("game", "frame_skip")}

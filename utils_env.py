@@ -70,6 +70,8 @@ class AtariEnv:
 
     The spaces are named as in gymnasium's vector environments, and hold what `reset` and `step` return as states and
     take as actions; what else these return is a row for the memory in place of gymnasium's rewards, ends and infos.
+
+    Raises ValueError for a game that is none or needs two players, and for sizes that are too small.
     """
 
     def __init__(
@@ -202,7 +204,8 @@ class AtariEnv:
         self._ended = np.flatnonzero(restarted)
         if len(self._ended):
             self.finished_games += _take(games, restarted)
-            self.finished_lives += _take(lives, restarted & (lives[2] > 0))  # cut short by the limit
+            steps = lives[Episode._fields.index("steps")]
+            self.finished_lives += _take(lives, restarted & (steps > 0))  # cut short by the limit
         for row, gains in enumerate((rewards, clipped, ~restarted)):
             self._totals[:, row] += gains
         if self._lost.any():
@@ -250,7 +253,7 @@ class AtariEnv:
 
         The games start with up to 30 random no-ops and end after `max_frames` frames. They have emulators and random
         numbers of their own, from `seed`: training goes on as if nothing had happened. With `record`,
-        `get_recording` then plays the first of them again.
+        `get_recording` then plays the first of them again. Raises ValueError for less than one game.
         """
         if episodes < 1:
             raise ValueError(f"an evaluation needs at least 1 game, not {episodes}")

@@ -13,9 +13,8 @@ RECORD, REWARDS, PICTURE, CURVES = Path("run.json"), Path("rewards.txt"), Path("
 OWNER = "run.id"  # file in SAVE_PREFIX that names the run whose models are there
 NUMBER = r"(\d{3}|[1-9]\d{3,})"  # of an evaluation
 MODEL = re.compile(rf"model_{NUMBER}")
-SAVED = re.compile(
-    rf"({MODEL.pattern}|checkpoint_\d{{10}})(\.tmp|\.refused)?"
-)  # in SAVE_PREFIX, all else is the user's
+# In SAVE_PREFIX; all else there is the user's.
+SAVED = re.compile(rf"({MODEL.pattern}|checkpoint_\d{{10}})(\.tmp|\.refused)?")
 RECORDING = re.compile(rf"eval_{NUMBER}(\.gif)?")
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems answer that cannot sync a directory
 
@@ -30,10 +29,11 @@ def recording_name(number: int) -> str:
     return f"eval_{number:03d}"
 
 
-def models_in(directory: Path) -> list[Path]:
-    """The models in `directory`, in the order of their evaluations."""
+def models_in(directory: Path) -> dict[Path, int]:
+    """The models in `directory` and the numbers of their evaluations, in that order."""
     found = {path: MODEL.fullmatch(path.name) for path in directory.glob("model_*")}
-    return sorted((path for path, name in found.items() if name), key=lambda path: int(found[path][1]))
+    numbers = {path: int(name[1]) for path, name in found.items() if name}
+    return dict(sorted(numbers.items(), key=lambda item: item[1]))
 
 
 def checkpoint_name(step: int) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 import time
 from collections import deque
@@ -20,11 +19,10 @@ from tqdm import tqdm
 
 import utils_config
 import utils_machine
-from utils_config import count
+from utils_config import count, play_command
 from utils_drl import Agent
 from utils_env import AtariEnv, normalize_game
 from utils_files import CURVES, PICTURE, REWARDS, model_name, write_whole
-from utils_record import watch
 from utils_run import Run
 from utils_types import Episode, Evaluation, best_of
 
@@ -62,7 +60,7 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
         lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends before WARM_STEPS ({warm})")
     with contextlib.suppress(OSError):  # where no one counts
         load = os.getloadavg()[0]
-        if device.type == "cpu" and torch.get_num_threads() > 1 and load >= 1:
+        if device.type == "cpu" and torch.get_num_threads() > 1 and load >= utils_machine.count_cores() / 2:
             told = f"the processor was busy in the last minute (load {load:.1f})"
             lines.append(f"{told}: beside other programs --THREADS=1 is several times as fast")
     return "\n".join([*lines, "making the games, the networks and the memory"])
@@ -73,15 +71,15 @@ def conclusion(run: Run) -> str:
     last, best = run.evaluations[-1], best_of(run.evaluations)
     model, means = run.models / model_name(best.number), count(len(run.evaluations), "mean score")
     told = f"finished after {span(60 * last.minutes)}; the highest of {means} is {best.mean:.1f}, of {model}"
-    return f"{told}; to watch it play:\n{watch(model)}"
+    return f"{told}; to watch it play:\n{play_command(model)}"
 
 
-def is_flat(stream: TextIO) -> bool:
-    """Whether it is a terminal without columns, as programs that make terminals leave them: a bar would be nothing."""
+def columns(stream: TextIO) -> int | None:
+    """The columns of the terminal that `stream` is, or None where it is none. Some programs make terminals with 0."""
     try:
-        return os.get_terminal_size(stream.fileno()).columns == 0
+        return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):  # no terminal, or no file at all
-        return False
+        return None
 
 
 def span(seconds: float) -> str:
@@ -152,7 +150,7 @@ class Log:
         rows = (f"| {name} | {constants[name]} |" for name in utils_config.constants(constants))
         self._curves.add_text("constants", "\n".join(["| constant | value |", "|---|---|", *rows]), start)
         done = min(start, self._total)
-        flat = is_flat(sys.stderr) or None  # None leaves it to tqdm: no bar where there is no terminal
+        flat = columns(sys.stderr) == 0 or None  # None leaves it to tqdm: no bar where there is no terminal
         form = "{percentage:.1f}% {desc} |{bar}|"  # what does not fit is cut off: first the bar
         self._bar = tqdm(total=self._total, initial=done, bar_format=form, dynamic_ncols=True, disable=flat)
         self._line_due = 0.0
@@ -226,7 +224,7 @@ class Log:
             print(f"step {min(step, self._total):,} of {self._total:,}: {words}", file=sys.stderr)
             return
         self._bar.n = min(step, self._total)
-        self._bar.set_description_str(fit(words, shutil.get_terminal_size().columns - len("100.0% ") - 1))
+        self._bar.set_description_str(fit(words, (columns(sys.stderr) or 80) - len("100.0% ") - 1))
 
     def _words(self) -> str:
         """How things stand: what is most asked for first."""

@@ -17,6 +17,7 @@ import torch
 from utils_config import DTYPES, ConfigError, command_line, count
 from utils_files import checkpoints
 from utils_memory import ReplayMemory
+from utils_model import DQN
 
 DEVICES = ("cuda", "mps", "cpu")
 MANY_CORES = 8  # of which the emulators can spare one
@@ -127,9 +128,13 @@ def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> 
     """
     capacity, num_envs = count_memory(constants), constants["NUM_ENVS"]
     memory_bytes = memory.saved_bytes(capacity, num_envs, constants["MAX_STEPS"])
-    head = (18 + 1) * (512 + 1) * max(constants["QUANTILES"], constants["ATOMS"])  # of all actions, and dueling
+    with torch.device("meta"):  # where nothing is allocated
+        shape = {
+            name.lower(): constants[name] for name in ("STACK_SIZE", "DUELING", "QUANTILES", "ATOMS", "LAYER_NORM")
+        }
+        network = DQN(18, **shape)  # with all actions that there may be
     copies = 5  # policy, target, average and Adam's two moments
-    networks_bytes = copies * 4 * ((4 << 20) + head)  # in float32
+    networks_bytes = copies * 4 * sum(part.numel() for part in network.parameters())  # in float32
     size = memory_bytes + networks_bytes
     most = 3  # two, and one being written
     there = (*checkpoints(directory), *checkpoints(directory, ".tmp"))  # they make way

@@ -113,7 +113,7 @@ class ReplayMemory:
         return max(min(self._pushed - 1, self.rows), 0) * self.num_envs
 
     def push(self, row: Transition) -> None:
-        """Append one row: first the one from `reset`, then one for every step."""
+        """Append one row: first the one from `reset`, then one for every step. Raises ValueError for other shapes."""
         if row.frames.shape != (self.num_envs, *self.frame_shape) or row.frames.dtype != torch.uint8:
             raise ValueError(
                 f"a row of frames must be uint8 {[self.num_envs, *self.frame_shape]}, "
@@ -141,7 +141,10 @@ class ReplayMemory:
         return self._count
 
     def sample(self, batch_size: int, batches: int = 1) -> Batch:
-        """Draw `batches` * `batch_size` transitions, batch after batch, each equally likely, with replacement."""
+        """Draw `batches` * `batch_size` transitions, batch after batch, each equally likely, with replacement.
+
+        Raises ValueError for a batch of none, and while not even one n-step window is stored.
+        """
         self._check_sample(batch_size)
         first, last = self._window()
         draws = torch.rand(
@@ -305,7 +308,7 @@ class PrioritizedReplayMemory(ReplayMemory):
         """Draw `batches` * `batch_size` transitions, batch after batch, in proportion to their priorities.
 
         One is drawn from each slice of the sum of priorities, and the slices are dealt to the batches in turn. Drawing
-        many at once costs hardly more than drawing one.
+        many at once costs hardly more than drawing one. Raises ValueError as the uniform memory does.
         """
         self._check_sample(batch_size)
         slots, probabilities = self._tree.sample(batches * batch_size, self.generator)

@@ -51,7 +51,7 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, ma
             raise ValueError(f"{path} knows {agent.action_dim} actions, {env.game} has {env.get_action_dim()}")
         title = f"{Path(path).name}, {about['step']:,} steps of training"
     except OSError as error:
-        there = models_in(Path(path).parent) if isinstance(error, FileNotFoundError) else []
+        there = [*models_in(Path(path).parent)] if isinstance(error, FileNotFoundError) else []
         hint = f"; the last one there is {there[-1]}" if there else ""
         raise ConfigError(f"cannot read {path}: {error.strerror}{hint}") from None
     except ValueError as error:

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shlex
 import sys
 import tempfile
 import uuid
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from utils_config import ConfigError, Stopped, command_line
+from utils_config import ConfigError, Stopped, command_line, play_command
 from utils_env import normalize_game
 from utils_files import (
     CURVES,
@@ -70,7 +69,7 @@ class Record:
         if self.finished is not None and steps <= self.finished:
             told = f"this run is finished, at step {self.finished:,}; a larger MAX_STEPS goes on with it, another run"
             told += f" starts elsewhere; its best model has a mean score of {self.score:.1f}, watch it with: "
-            raise Stopped(told + watch(self.models / self.best), 0)
+            raise Stopped(told + play_command(self.models / self.best), 0)
         end = -(-steps // values["NUM_ENVS"]) * values["NUM_ENVS"]  # of the last iteration
         newest = checkpoints(self.models)[-1:] if self.owns_models else []  # a file comes before its record
         last = max([self.checkpoint or 0, *map(step_of, newest)])
@@ -103,10 +102,12 @@ def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], obj
         there = None
     if there:
         there.go_on(values)
+    made = not new.models.exists()
     new.models.mkdir(parents=True, exist_ok=True)
-    stack.callback(_remove_empty, new.models)
     if not new.models.samefile("."):
         _lock(new.models, stack)
+    if made:
+        stack.callback(_remove_empty, new.models)  # while it is still locked, or it could be another run's
     results = saved(new.models) if there else _results(new.models)
     if results and not (there and there.owns_models):
         raise ConfigError(f"{results[0]} is from another run; {ELSEWHERE}")
@@ -149,11 +150,6 @@ def _same(name: str, before: dict, now: dict) -> bool:
 def expand(place: str) -> Path:
     """The directory `place`; ~ is the home directory."""
     return Path(os.path.expanduser(place))
-
-
-def watch(model: Path) -> str:
-    """The command that plays a game with `model`."""
-    return shlex.join(["python", sys.argv[0], f"--PLAY={model}"])
 
 
 def _read() -> Record | None:

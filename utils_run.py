@@ -20,7 +20,17 @@ import torch
 from torch import Tensor
 
 from utils_config import ConfigError, Stopped, command_line, constants, out_of_memory
-from utils_files import REWARDS, checkpoint_name, checkpoints, is_whole, model_name, recordings, remove, write_whole
+from utils_files import (
+    REWARDS,
+    checkpoint_name,
+    checkpoints,
+    is_whole,
+    model_name,
+    models_in,
+    recordings,
+    remove,
+    write_whole,
+)
 from utils_machine import check_disk, choose_storage, count_memory, describe_start
 from utils_memory import ReplayMemory
 from utils_record import ELSEWHERE, Record, changed, claim, expand
@@ -75,7 +85,10 @@ def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> 
 
 
 class Run:
-    """One run, from its first start to its end; made by `open_run`."""
+    """One run, from its first start to its end; made by `open_run`.
+
+    `step` is for the loop to set after each iteration: that of the state which a checkpoint would hold now.
+    """
 
     def __init__(self, record: Record, values: dict, device: torch.device, storage: torch.device, room: str):
         self.models, self.storage = record.models, storage  # where its models go, and the replay memory
@@ -83,7 +96,7 @@ class Run:
         self._record, self._constants, self._device = record, values, device
         self.evaluations: list[Evaluation] = []
         self._began = time.monotonic()  # less what the run had worked for before
-        self._step = 0  # of the state that a checkpoint would hold now
+        self.step = 0
         self._signal = 0
         self._abort = True  # whether a signal may end what is going on
         self._resumed = False
@@ -113,10 +126,11 @@ class Run:
                 refused[path] = f"it cannot be taken up ({type(error).__name__}: {' '.join(str(error).split())})"
         self._abort = False  # from here on files change
         self._announce(good, refused)
-        self._record.checkpoint = self._step if good else None
+        self._record.checkpoint = self.step if good else None
         self._clean()
-        start = {"step": self._step, **describe_start(self._device, self._constants)}
-        for last in self._record.starts[-1:]:
+        start = {"step": self.step, **describe_start(self._device, self._constants)}
+        if self._record.starts:
+            last = self._record.starts[-1]
             compared = {key: value for key, value in start.items() if key not in ("step", "time", "command")}
             change = [f"{key} was {last.get(key)}, is {now}" for key, now in compared.items() if now != last.get(key)]
             if change:
@@ -124,16 +138,16 @@ class Run:
         self._record.starts.append(start)
         self._record.write()
         self._resumed = True
-        return self._step
+        return self.step
 
-    def evaluated(self, step: int) -> bool:
-        """Whether rewards.txt has a row for `step`."""
-        return bool(self.evaluations) and self.evaluations[-1].step == step
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether rewards.txt has a row for this step."""
+        return bool(self.evaluations) and self.evaluations[-1].step == self.step
 
     @contextlib.contextmanager
-    def interruptible(self, step: int) -> Iterator[None]:
-        """A part of the run, after `step`, that changes nothing of what a checkpoint holds: a signal ends it early."""
-        self._step = step
+    def interruptible(self) -> Iterator[None]:
+        """A part of the run that changes nothing of what a checkpoint holds: a signal ends it early."""
         try:
             self._abort = True
             if self._signal:
@@ -142,9 +156,9 @@ class Run:
         finally:
             self._abort = False
 
-    def report(self, number: int, step: int, scores: np.ndarray) -> None:
-        """Append a row to rewards.txt, with the mean of the games' `scores`."""
-        evaluation = Evaluation(number, step, self._minutes(), scores.tolist())
+    def report(self, scores: np.ndarray) -> None:
+        """Append the row of the next evaluation to rewards.txt, with the mean of the games' `scores`."""
+        evaluation = Evaluation(len(self.evaluations), self.step, self._minutes(), scores.tolist())
         try:
             with open(REWARDS, "a") as file:
                 file.write(evaluation.row)
@@ -154,47 +168,45 @@ class Run:
             raise OSError(error.errno, error.strerror, str(REWARDS)) from error
         self.evaluations.append(evaluation)
 
-    def check(self, step: int, loss: Tensor | None, weights: bool = False) -> None:
+    def check(self, loss: Tensor | None, weights: bool = False) -> None:
         """Raise Stopped if `loss`, or with `weights` one of the agent's, is not finite. Waits for the device."""
         last = 0.0 if loss is None else float(loss)
         found = "" if math.isfinite(last) else f"the loss is {last}"
         if weights and not self._agent.is_finite():
             found = "a weight is no finite number any more"
         if found:
-            self._step = step
             cause = f"training has diverged, {found}"
             raise self.stopped(cause, "start elsewhere with a lower LEARNING_RATE or --PRECISION=float32")
 
-    def checkpoint_due(self, step: int) -> bool:
-        """To be asked after every iteration: every CHECKPOINT_FREQ steps, and after a signal."""
-        self._step = step
+    def checkpoint_due(self) -> bool:
+        """Whether the loop should `save` after this iteration: every CHECKPOINT_FREQ steps, and after a signal."""
         every = self._constants["CHECKPOINT_FREQ"]
-        regular = step // every != (step - self._constants["NUM_ENVS"]) // every
-        return step < self._constants["MAX_STEPS"] and (regular or self._signal != 0)
+        regular = self.step // every != (self.step - self._constants["NUM_ENVS"]) // every
+        return self.step < self._constants["MAX_STEPS"] and (regular or self._signal != 0)
 
-    def save(self, step: int, loss: Tensor | None) -> None:
+    def save(self, loss: Tensor | None) -> None:
         """Write a checkpoint; after it everything has to start anew from (SEED, step). After a signal the run ends."""
-        self.check(step, loss, weights=True)
+        self.check(loss, weights=True)
         self._save()
         if self._signal:  # before the step or while saving
             self.leave()
 
     def finish(self) -> None:
         """After the last step: keep what a larger MAX_STEPS would go on from, and no more of that."""
-        if self._record.checkpoint != self._step:
+        if self._record.checkpoint != self.step:
             print("writing the last checkpoint", file=sys.stderr)
             self._save()
         self._prune(1)
         best = best_of(self.evaluations)
-        self._record.finished, self._record.best, self._record.score = self._step, model_name(best.number), best.mean
+        self._record.finished, self._record.best, self._record.score = self.step, model_name(best.number), best.mean
         self._record.write()
 
     def stopped(self, cause: str, remedy: str) -> Stopped:
         """The exception that ends the run at this step."""
         there = checkpoints(self.models)
         last = f"the last good checkpoint is {there[-1]}" if there else "there is no checkpoint"
-        kept = f"; rewards.txt and the models are kept, {last}" if there or self.evaluations or self._step else ""
-        return Stopped(f"step {self._step:,}: {cause}{kept}; {remedy}", 1)
+        kept = f"; rewards.txt and the models are kept, {last}" if there or self.evaluations or self.step else ""
+        return Stopped(f"step {self.step:,}: {cause}{kept}; {remedy}", 1)
 
     def on_signal(self, number: int, _) -> None:
         """Note the signal `number`. Raises KeyboardInterrupt where that may end what is going on."""
@@ -213,13 +225,13 @@ class Run:
         """End the run as the signal demands, with a checkpoint if it has come on since the last. Raises Stopped."""
         number = self._signal or signal.SIGINT  # which may come before on_signal knows of it
         name, status = signal.Signals(number).name, 128 + number
-        if not self._resumed or self._step == 0:
+        if not self._resumed or self.step == 0:
             where = "before the first step" if self._resumed else "while starting, nothing is changed,"
             raise Stopped(f"stopped {where} by {name}; start again with: {command_line()}", status)
-        if self._record.checkpoint != self._step:
+        if self._record.checkpoint != self.step:
             print("writing a checkpoint", file=sys.stderr)
             self._save()
-        raise Stopped(f"stopped at step {self._step:,} by {name}; go on with: {command_line()}", status)
+        raise Stopped(f"stopped at step {self.step:,} by {name}; go on with: {command_line()}", status)
 
     def _minutes(self) -> float:
         return (time.monotonic() - self._began) / 60
@@ -228,13 +240,13 @@ class Run:
         return self.models / checkpoint_name(step)
 
     def _save(self) -> None:
-        state = {"run": self._record.run, "constants": self._constants, "step": self._step, "minutes": self._minutes()}
+        state = {"run": self._record.run, "constants": self._constants, "step": self.step, "minutes": self._minutes()}
         # One at the end of a run may lie off the beat; a longer run has none there, and gives its number to the next.
         regular = [each for each in self.evaluations if each.number == each.step // self._constants["EVALUATE_FREQ"]]
         state["evaluations"] = [tuple(evaluation) for evaluation in regular]
         state |= {"agent": self._agent.state_dict(), "memory": self._memory.state_dict()}
-        write_whole(self._path(self._step), lambda file: torch.save(state, file))
-        self._record.checkpoint = self._step
+        write_whole(self._path(self.step), lambda file: torch.save(state, file))
+        self._record.checkpoint = self.step
         self._record.write()
         self._prune()
 
@@ -263,13 +275,13 @@ class Run:
         self._agent.load_state_dict(state["agent"])
         self._memory.load_state_dict(state["memory"])
         self.evaluations = [Evaluation(*evaluation) for evaluation in state["evaluations"]]
-        self._step, self._began = state["step"], time.monotonic() - 60 * state["minutes"]
+        self.step, self._began = state["step"], time.monotonic() - 60 * state["minutes"]
 
     def _announce(self, good: Path | None, refused: dict[Path, str]) -> None:
         """Say where the run goes on, and set aside what was refused. Raises ConfigError if nothing good is left."""
         last = self._record.checkpoint
         reasons = [f"{path} is refused: {reason}" for path, reason in refused.items()]
-        if last is not None and last > self._step and self._path(last) not in refused:
+        if last is not None and last > self.step and self._path(last) not in refused:
             reasons.append(f"{self._path(last)} is missing")
         if reasons and not good:
             told = f"{'; '.join(reasons)}; {REWARDS} and the models are kept"
@@ -279,12 +291,12 @@ class Run:
         for reason in reasons:
             print(f"{reason}; going on from the one before", file=sys.stderr)
         if good:
-            print(f"going on at step {self._step:,} from {good}", file=sys.stderr)
+            print(f"going on at step {self.step:,} from {good}", file=sys.stderr)
         elif self._record.starts:
             print("there was no checkpoint yet: this run begins again", file=sys.stderr)
 
     def _clean(self) -> None:
-        """Take back what was written after the checkpoint, but the models: each is written over in its turn."""
+        """Take back what was written after the checkpoint, but for the models that are written over in their turn."""
         if self.evaluations:
             rows = "".join(evaluation.row for evaluation in self.evaluations)
             write_whole(REWARDS, lambda file: file.write(rows.encode()))
@@ -293,6 +305,10 @@ class Run:
         for half in checkpoints(self.models, ".tmp"):
             half.unlink()
         self._prune()
+        last = -(-self._constants["MAX_STEPS"] // self._constants["EVALUATE_FREQ"])
+        for model, number in models_in(self.models).items():
+            if number > last:  # MAX_STEPS was larger
+                model.unlink()
         for pictures, number in recordings().items():
             if number >= len(self.evaluations):
                 with contextlib.suppress(OSError):  # there is something of the user's in it, which stays

@@ -1063,21 +1063,6 @@ def test_an_agent_goes_on_with_what_a_gpu_saved():
     assert same(snapshot(agent.policy), snapshot(twin.policy))
 
 
-@pytest.mark.parametrize("turns", [[], [8, 3]])
-def test_an_agent_goes_on_with_what_torchs_own_adam_wrote(turns):
-    """Checkpoints of before had its state_dict, in which there is nothing before the first update."""
-    agent, twin = (Agent(ACTIONS, learning_rate=1e-3, seed=seed) for seed in (1, 2))
-    teach(agent, turns)
-    teach(twin, [1])
-    state = copy.deepcopy(agent.state_dict())
-    adam = state.pop("adam")
-    state["optimizer"] = {"state": {0: adam} if turns else {}, "param_groups": [{"lr": 1.0, "params": [0]}]}
-    twin.load_state_dict(state)
-    for each in (agent, twin):
-        teach(each, [2, 1], seed=7)
-    assert same(snapshot(agent.policy), snapshot(twin.policy))
-
-
 def tensors(state):
     """All tensors of nested dictionaries, by their path."""
     for name, value in state.items():

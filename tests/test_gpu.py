@@ -202,6 +202,38 @@ def test_the_learning_step_gives_the_numbers_of_the_cpu(dueling, network):
         assert torch.allclose(weights[0][name], weights[1][name], rtol=1e-6, atol=1e-9), name
 
 
+@pytest.fixture(params=[False, True], ids=["deterministic", "as-in-a-run"])
+def convolutions(request, monkeypatch):
+    """A function after which cuDNN's are those that give the same numbers every time, or the fastest, as in a run."""
+
+    def settle() -> None:
+        monkeypatch.setattr(torch.backends.cudnn, "benchmark", request.param)
+        monkeypatch.setattr(torch.backends.cudnn, "deterministic", not request.param)
+
+    return settle
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("network", [NETWORKS["classic"], NETWORKS["atoms-norms"]], ids=["classic", "atoms-norms"])
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(monkeypatch, convolutions, network, seed):
+    """Layer by layer: a CPU gives 0.1 for the norm of what differs, and 0.02 for what of it points the same way."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    memory = ReplayMemory(600, 8, n_step=3, device=CUDA)
+    for row in rows(60, 8, seed):
+        memory.push(on(CUDA, row))
+    agents = []
+    for dtype in (torch.float32, torch.bfloat16):
+        memory.reseed(seed)
+        agents.append(Agent(4, CUDA, double_dqn=True, dtype=dtype, graphs=False, seed=seed, **network))
+        agents[-1].learn(memory, 32)
+        convolutions()
+    for (name, exact), rounded in zip(agents[0].policy.named_parameters(), agents[1].policy.parameters(), strict=True):
+        norm = exact.grad.norm()
+        assert norm > 0, name
+        assert (rounded.grad - exact.grad).norm() < 0.2 * norm, name
+        assert (rounded.grad * exact.grad).sum() / norm**2 == pytest.approx(1, abs=0.06), name
+
+
 def trained(graphs, kind, updates, **network):
     """An agent after learning `updates` at a time from a memory of noise, what it drew, and the losses."""
     agent = Agent(4, CUDA, double_dqn=True, graphs=graphs, **network)
@@ -235,7 +267,7 @@ def test_graphs_learn_what_the_plain_path_learns(kind, network):
 
 
 @pytest.mark.parametrize("network", [NETWORKS["classic"], NETWORKS["atoms-norms"]], ids=["classic", "atoms-norms"])
-def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32(monkeypatch, network):
+def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32(monkeypatch, convolutions, network):
     """On the values that are taught, for which a CPU gives 0.02 to 0.06; those of other actions drift further."""
     monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
     memory = ReplayMemory(600, 8, n_step=3, device=CUDA)
@@ -252,6 +284,7 @@ def test_a_thousand_updates_by_graphs_in_bfloat16_stay_with_plain_float32(monkey
             if number % 10 == 0:
                 agent.sync()
         values.append(taught_values(agent, taught))
+        convolutions()
     its_losses, mine = torch.stack(losses).split(125)
     assert (mine - its_losses).abs().mean() < 0.1 * its_losses.mean()
     moved = (values[0] - before).norm()
@@ -407,6 +440,26 @@ def test_a_resumed_agent_and_a_reseeded_memory_go_on_by_graphs_as_without():
     assert outcomes[0][0] == pytest.approx(outcomes[1][0], rel=1e-3)
     assert torch.equal(outcomes[0][1], outcomes[1][1])
     assert torch.allclose(outcomes[0][2], outcomes[1][2], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("actions", [3, 9])
+def test_a_dueling_network_whose_weights_begin_at_odd_places_learns_as_on_the_cpu(monkeypatch, actions):
+    """In one flat tensor the layers behind the advantages' biases lie at no multiple of 16 bytes."""
+    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    weights = []
+    for device in ("cpu", CUDA):
+        memory = ReplayMemory(600, 8, n_step=3, device=device)
+        for row in rows(60, 8):
+            memory.push(on(device, row))
+        batch = memory.gather(torch.arange(100, 132, device=device))
+        batch = batch._replace(actions=batch.actions % actions)
+        memory.sample = lambda batch_size, batches=1, batch=batch: batch
+        agent = Agent(actions, device, dueling=True, learning_rate=1e-3, average_updates=30)
+        for _ in range(CudaGraph.WARM_UP + 4):
+            agent.learn(memory, 32)
+        weights.append([parameter.detach().cpu() for parameter in agent.average.parameters()])
+    for here, there in zip(*weights, strict=True):
+        assert torch.allclose(here, there, rtol=0, atol=1e-4)
 
 
 # The last test: a failed recording may leave torch in a strange state.

@@ -1,6 +1,7 @@
 """What a person sees: curves with the right values, pictures, lines without carriage returns, and a game to watch."""
 
 import copy
+import errno
 import io
 import itertools
 import os
@@ -448,7 +449,7 @@ def terminal(monkeypatch):
     def make(columns: int) -> Terminal:
         made.append(Terminal(columns))
         monkeypatch.setattr(sys, "stderr", made[-1])
-        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setenv("COLUMNS", "500")  # stdout's, which is not asked
         return made[-1]
 
     yield make
@@ -466,6 +467,20 @@ def clock(monkeypatch):
     return clock
 
 
+class FullDisk(io.StringIO):
+    """A file on one."""
+
+    def write(self, text: str) -> int:
+        """There is no room."""
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_log_on_a_full_disk_has_gaps_and_the_run_goes_on(monkeypatch, run_main):
+    monkeypatch.setattr(sys, "stderr", FullDisk())
+    assert run_main(**TABLE, MAX_STEPS=2_000)[0] == 0
+    assert len(Path("rewards.txt").read_text().splitlines()) == 11
+
+
 def test_a_terminal_without_columns_gets_lines(parts, terminal, clock):
     stderr = terminal(0)
     with parts.log(total=3_000) as log:
@@ -478,10 +493,11 @@ def test_a_terminal_without_columns_gets_lines(parts, terminal, clock):
 
 @pytest.mark.parametrize(
     ("load", "threads", "device", "told"),
-    [(2.06, 2, "cpu", True), (0.9, 2, "cpu", False), (2.06, 1, "cpu", False), (2.06, 2, "cuda", False)],
+    [(2.06, 4, "cpu", True), (1.9, 4, "cpu", False), (2.06, 1, "cpu", False), (2.06, 4, "cuda", False)],
 )
 def test_a_busy_processor_is_told_where_threads_would_wait_for_each_other(monkeypatch, load, threads, device, told):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
+    monkeypatch.setattr(utils_log.utils_machine, "count_cores", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     told_device = {"device": "one", "precision": "float32"}
     monkeypatch.setattr(utils_log.utils_machine, "describe_device", lambda *_: told_device)

@@ -321,8 +321,9 @@ def test_a_signal_while_a_checkpoint_is_written_ends_the_run_with_that_one(monke
     def run() -> None:
         with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
             run.resume(agent, memory)
-            assert run.checkpoint_due(100)
-            run.save(100, None)
+            run.step = 100
+            assert run.checkpoint_due()
+            run.save(None)
 
     with pytest.raises(utils_config.Stopped, match="stopped at step 100 by SIGTERM"):
         run()
@@ -589,12 +590,16 @@ def write(last: int, size: int = 1000, **values) -> None:
     try:
         with utils_run.open_run(constants(**values), CPU, ReplayMemory) as run:
             part = Part(size)
-            for step in range(run.resume(part, part) + 4, last + 4, 4):
+            start = run.resume(part, part)
+            if not run.is_evaluated:
+                run.report(np.array([start, start + 1]))
+            for step in range(start + 4, last + 4, 4):
                 part.numbers.fill_(step)
+                run.step = step
                 if step % 100 == 0:
-                    run.report(step // 100, step, np.array([step, step + 1]))
-                if run.checkpoint_due(step):
-                    run.save(step, None)
+                    run.report(np.array([step, step + 1]))
+                if run.checkpoint_due():
+                    run.save(None)
             raise Killed
     except Killed:
         pass
@@ -610,7 +615,7 @@ def resume(**values) -> int:
     except Killed:
         assert (part.numbers == step).all()
         rows = Path("rewards.txt").read_text().splitlines()
-        assert [int(row.split()[1]) for row in rows] == list(range(100, step + 1, 100))
+        assert [int(row.split()[1]) for row in rows] == list(range(0, step + 1, 100))
         return step
 
 
@@ -703,12 +708,13 @@ def test_the_minutes_of_a_run_go_on_where_it_goes_on(place):
         part = Part()
         run.resume(part, part)
         run._began -= 3600
-        run.checkpoint_due(320)
-        run.save(320, None)
+        run.step = 320
+        run.save(None)
         raise Killed
     with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, ReplayMemory) as run:
         run.resume(part, part)
-        run.report(4, 400, np.array([1.0]))
+        run.step = 400
+        run.report(np.array([1.0]))
         assert 60 <= run.evaluations[-1].minutes < 65
         raise Killed
 
@@ -744,8 +750,9 @@ def test_a_checkpoint_that_gave_way_is_written_again_where_the_run_is_stopped(pl
         with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
             run.resume(part, part)
             part.numbers.fill_(300)
-            run.report(3, 300, np.array([1.0]))
-            with run.interruptible(300):
+            run.step = 300
+            run.report(np.array([1.0]))
+            with run.interruptible():
                 os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(utils_config.Stopped, match="stopped at step 300 by SIGINT"):
@@ -890,22 +897,53 @@ def test_a_damaged_record_is_refused(place):
 def test_a_second_start_beside_a_running_one_is_refused(monkeypatch, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path)
-    with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
-        run.resume(Part(), Part())
-        run.report(0, 0, np.array([1.0]))
+
+    def begin_again() -> None:
         for directory, models in (("elsewhere", "../models"), (".", "models"), (".", "other_models")):
             monkeypatch.chdir(tmp_path / directory)
             with pytest.raises(utils_config.ConfigError, match="another run is at work"):
                 write(20, SAVE_PREFIX=models)
+
+    with utils_run.open_run(constants(), CPU, ReplayMemory) as run:
+        begin_again()  # while the first has nothing yet but an empty directory
+        run.resume(Part(), Part())
+        run.report(np.array([1.0]))
+        begin_again()
         assert not Path("other_models").exists()
     write(20)  # the lock is gone
+
+
+def test_an_empty_directory_of_the_users_outlives_a_start_that_is_refused(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    Path("rewards.txt").touch()
+    with pytest.raises(utils_config.ConfigError, match=r"rewards\.txt is from another run"):
+        write(20)
+    assert Path("models").is_dir()
+    Path("models").rmdir()
+    with pytest.raises(utils_config.ConfigError, match=r"rewards\.txt is from another run"):
+        write(20)
+    assert not Path("models").exists()
+
+
+def test_models_of_a_run_that_becomes_shorter_than_it_was_are_gone(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write(200, MAX_STEPS=1_000, CHECKPOINT_FREQ=200)
+    for number in (1, 2, 3, 4, 9):
+        Path(f"models/model_{number:03d}").touch()
+    Path("models/model_best").touch()
+    assert resume(MAX_STEPS=350, CHECKPOINT_FREQ=200) == 200
+    assert sorted(path.name for path in Path("models").glob("model_*")) == [
+        *(f"model_{number:03d}" for number in (1, 2, 3, 4)),
+        "model_best",
+    ]
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(utils_machine.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 7e9, 2e9))
     with (
-        pytest.raises(utils_config.ConfigError, match=r"up to 0\.79 GB each, .*, 2\.00 GB free on .*MEM_SIZE=80_000"),
+        pytest.raises(utils_config.ConfigError, match=r"up to 0\.74 GB each, .*, 2\.00 GB free on .*MEM_SIZE=80_000"),
         utils_run.open_run(constants(MEM_SIZE=100_000, MAX_STEPS=1_000_000), CPU, ReplayMemory),
     ):
         pass
@@ -937,7 +975,7 @@ def begun(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, ReplayMemory) as run:
         run.resume(Part(), Part())
-        run.report(0, 0, np.array([1.0]))
+        run.report(np.array([1.0]))
         for name in ("models/model_000", "rewards.png", "eval_000/000000.png", "eval_000.gif", "curves/events.out.x"):
             Path(name).parent.mkdir(exist_ok=True)
             Path(name).touch()
@@ -1070,8 +1108,9 @@ def test_a_full_disk_costs_no_earlier_checkpoint(failing):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
             os.kill(os.getpid(), signal.SIGTERM)
-            if run.checkpoint_due(399):
-                run.save(399, None)
+            run.step = 399
+            if run.checkpoint_due():
+                run.save(None)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
@@ -1114,10 +1153,11 @@ def test_a_checkpoint_that_cannot_be_read_now_stays_where_it_is(monkeypatch, pla
 def test_a_directory_removed_under_a_run_is_told(failing):
     def remove(run, part) -> None:
         shutil.rmtree("models")
-        run.report(3, 399, np.array([1.0]))
+        run.step = 399
+        run.report(np.array([1.0]))
         os.kill(os.getpid(), signal.SIGTERM)
-        if run.checkpoint_due(399):
-            run.save(399, None)
+        if run.checkpoint_due():
+            run.save(None)
 
     assert "step 399: cannot write models/checkpoint_0000000399: No such file" in failing(remove)
 
@@ -1126,7 +1166,7 @@ def test_a_rewards_file_that_cannot_be_written_is_told(failing):
     def block(run, part) -> None:
         Path("rewards.txt").unlink()
         Path("rewards.txt").mkdir()
-        run.report(3, 399, np.array([1.0]))
+        run.report(np.array([1.0]))
 
     assert "cannot write rewards.txt: Is a directory; rewards.txt and the models are kept" in failing(block)
 
