@@ -80,15 +80,15 @@ CUDA_GRAPHS: bool = True  # on a GPU: record its work of a step once and replay 
 
 
 def main() -> None:
-    utils_config.check(globals())
+    constants = utils_config.check(globals())
     device = utils_machine.choose_device(DEVICE)
     dtype = utils_machine.prepare(device, PRECISION, THREADS)
     if PLAY:
         utils_play.play(PLAY, device, dtype, EVAL_EPS, EVAL_FRAMES, SEED)
         return
     Memory = PrioritizedReplayMemory if PRIORITIZED else ReplayMemory
-    with utils_run.open_run(globals(), device, Memory) as run:
-        print(utils_log.introduction(globals(), device, run.room), file=sys.stderr)
+    with utils_run.open_run(constants, device, Memory) as run:
+        print(utils_log.introduction(constants, device, run.room), file=sys.stderr)
         train(run, device, dtype, Memory)
     print(utils_log.conclusion(run), file=sys.stderr)
 
@@ -97,7 +97,7 @@ def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: 
     """Train an agent of `dtype` on `device`, from where `run` stands to MAX_STEPS."""
     env = make_env(device)
     agent = make_agent(env.get_action_dim(), device, dtype)
-    memory = make_memory(Memory, utils_machine.count_memory(globals()), run.storage, device)
+    memory = make_memory(Memory, utils_machine.count_memory(run.constants), run.storage, device)
     loss = None
 
     def evaluate(step: int) -> None:
@@ -126,7 +126,7 @@ def train(run: utils_run.Run, device: torch.device, dtype: torch.dtype, Memory: 
             return env.reset(seed=[SEED, step, 0])
 
     start = run.resume(agent, memory)
-    with Log(run, env, agent, memory, start, globals()) as log:
+    with Log(run, env, agent, memory, start) as log:
         evaluate(start)
         states, row = restart(start)
         for step in range(start + NUM_ENVS, MAX_STEPS + NUM_ENVS, NUM_ENVS):

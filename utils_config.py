@@ -120,8 +120,7 @@ def override(module: dict, arguments: list[str]) -> None:
     description = module["__doc__"].partition(":")[0] + ". In brackets: the default."
     parser = _Parser(usage="python main.py [--CONSTANT=value ...]", description=description, allow_abbrev=False)
     comments = _comments(module["__file__"])
-    types = constants(module)
-    for name, kind in types.items():
+    for name, kind in types(module).items():
         default = f"{module[name]:_}" if kind is int else str(module[name])
         text = f"{comments.get(name, '')}{default and f' [{default}]'}".replace("%", "%%").strip()
         parser.add_argument(f"--{name}", type=_reader(name, kind), metavar=kind.__name__, help=text)
@@ -130,7 +129,7 @@ def override(module: dict, arguments: list[str]) -> None:
     module.update({name: value for name, value in vars(parsed).items() if value is not None})
 
 
-def constants(module: dict) -> dict[str, type]:
+def types(module: dict) -> dict[str, type]:
     """Names and types of the constants in `module`, in the order they stand there."""
     annotations = sys.modules[module["__name__"]].__annotations__  # from Python 3.14 on they are not in its dict
     return {name: kind for name, kind in annotations.items() if name.isupper()}
@@ -195,21 +194,23 @@ def _reader(name: str, kind: type) -> Callable[[str], object]:
     return read
 
 
-def check(module: dict) -> None:
-    """Raise ConfigError, with one sentence, if the constants in `module` are ill-typed, out of range or at odds."""
+def check(module: dict) -> dict:
+    """The constants in `module`, by name. Raises ConfigError if they are ill-typed, out of range or at odds."""
     _check_types(module)
-    c = argparse.Namespace(**{name: module[name] for name in constants(module)})
+    constants = {name: module[name] for name in types(module)}
+    c = argparse.Namespace(**constants)
     try:
         _check(c)
     except AttributeError as error:
         if error.obj is not c:
             raise
         raise ConfigError(f"main.py has no constant {error.name} any more") from None
+    return constants
 
 
 def _check_types(module: dict) -> None:
     """Make each constant in `module` what its annotation says, where that means the same. Raises ConfigError."""
-    kinds = constants(module)
+    kinds = types(module)
     for name, value in module.items():
         if name.isupper() and name not in kinds and type(value) in KINDS:  # run.json would not tell of it
             raise ConfigError(f"{name} has no type in main.py: write {name}: {type(value).__name__} = {value!r}")

@@ -17,9 +17,8 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-import utils_config
 import utils_machine
-from utils_config import count, play_command
+from utils_config import command_line, count, play_command
 from utils_drl import Agent
 from utils_env import AtariEnv, normalize_game
 from utils_files import CURVES, PICTURE, REWARDS, model_name, write_whole
@@ -50,7 +49,7 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
         room,
         f"results: {REWARDS}, {PICTURE}, {constants['SAVE_PREFIX']}/",
         f"curves: tensorboard --logdir={CURVES}",
-        f"Ctrl-C stops the run at any time, and the same command goes on: {utils_config.command_line()}",
+        f"Ctrl-C stops the run at any time, and the same command goes on: {command_line()}",
     ]
     period = constants["CHECKPOINT_FREQ"] // constants["NUM_ENVS"]
     if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < constants["EVAL_FRAMES"]:
@@ -133,21 +132,21 @@ class Curves:
 
 
 class Log:
-    """The bar, the curves and the picture of `run`, which goes on at step `start` with `constants`; a context.
+    """The bar, the curves and the picture of `run`, which goes on at step `start`; a context.
 
     Where stderr is no terminal, or one without columns, a line every LINE_SECONDS stands for the bar. Time in a `pause`
     is no one's.
     """
 
-    def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int, constants: dict):
+    def __init__(self, run: Run, env: AtariEnv, agent: Agent, memory, start: int):
         self._run, self._env, self._agent, self._memory = run, env, agent, memory
-        self._total, self._warm_steps = constants["MAX_STEPS"], constants["WARM_STEPS"]
+        self._total, self._warm_steps = run.constants["MAX_STEPS"], run.constants["WARM_STEPS"]
         self._has_learned = len(memory) >= self._warm_steps  # before this start
-        self._heading = heading(constants)
+        self._heading = heading(run.constants)
         self._curves = Curves(start)
         if run.evaluations:
             self._take_in()
-        rows = (f"| {name} | {constants[name]} |" for name in utils_config.constants(constants))
+        rows = (f"| {name} | {value} |" for name, value in run.constants.items())
         self._curves.add_text("constants", "\n".join(["| constant | value |", "|---|---|", *rows]), start)
         done = min(start, self._total)
         flat = columns(sys.stderr) == 0 or None  # None leaves it to tqdm: no bar where there is no terminal

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils_config import ConfigError, Stopped, command_line, constants, out_of_memory
+from utils_config import ConfigError, Stopped, command_line, out_of_memory
 from utils_files import (
     REWARDS,
     checkpoint_name,
@@ -40,27 +40,26 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the te
 
 
 @contextlib.contextmanager
-def open_run(module: dict, device: torch.device, memory: type[ReplayMemory]) -> Iterator["Run"]:
-    """The run of the constants in `module`, new or gone on with, in the current directory and in SAVE_PREFIX.
+def open_run(constants: dict, device: torch.device, memory: type[ReplayMemory]) -> Iterator["Run"]:
+    """The run of these `constants`, new or gone on with, in the current directory and in their SAVE_PREFIX.
 
     Raises ConfigError where its results cannot go or would mix with others, and Stopped for a run that has finished,
     or stops inside for a reason that a sentence can tell.
     """
-    values = {name: module[name] for name in constants(module)}
 
     def find_room() -> tuple[torch.device, str]:
         """Where the memory goes, and what it and the checkpoints take, in words. Raises ConfigError."""
-        storage, sentence = choose_storage(device, memory, count_memory(values), values["NUM_ENVS"])
-        return storage, f"{sentence}\n{check_disk(values, expand(values['SAVE_PREFIX']), memory)}"
+        storage, sentence = choose_storage(device, memory, count_memory(constants), constants["NUM_ENVS"])
+        return storage, f"{sentence}\n{check_disk(constants, expand(constants['SAVE_PREFIX']), memory)}"
 
     with contextlib.ExitStack() as stack:
         try:
-            record = claim(values, stack, find_room)
+            record = claim(constants, stack, find_room)
             storage, room = find_room()
         except OSError as error:
-            told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {values['SAVE_PREFIX']})"
+            told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {constants['SAVE_PREFIX']})"
             raise ConfigError(told) from None
-        run = Run(record, values, device, storage, room)
+        run = Run(record, constants, device, storage, room)
         show = threading.excepthook
         stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the log
         threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
@@ -90,10 +89,10 @@ class Run:
     `step` is for the loop to set after each iteration: that of the state which a checkpoint would hold now.
     """
 
-    def __init__(self, record: Record, values: dict, device: torch.device, storage: torch.device, room: str):
+    def __init__(self, record: Record, constants: dict, device: torch.device, storage: torch.device, room: str):
         self.models, self.storage = record.models, storage  # where its models go, and the replay memory
         self.room = room  # that memory and checkpoints take, in words
-        self._record, self._constants, self._device = record, values, device
+        self.constants, self._record, self._device = constants, record, device
         self.evaluations: list[Evaluation] = []
         self._began = time.monotonic()  # less what the run had worked for before
         self.step = 0
@@ -128,7 +127,7 @@ class Run:
         self._announce(good, refused)
         self._record.checkpoint = self.step if good else None
         self._clean()
-        start = {"step": self.step, **describe_start(self._device, self._constants)}
+        start = {"step": self.step, **describe_start(self._device, self.constants)}
         if self._record.starts:
             last = self._record.starts[-1]
             compared = {key: value for key, value in start.items() if key not in ("step", "time", "command")}
@@ -180,9 +179,9 @@ class Run:
 
     def checkpoint_due(self) -> bool:
         """Whether the loop should `save` after this iteration: every CHECKPOINT_FREQ steps, and after a signal."""
-        every = self._constants["CHECKPOINT_FREQ"]
-        regular = self.step // every != (self.step - self._constants["NUM_ENVS"]) // every
-        return self.step < self._constants["MAX_STEPS"] and (regular or self._signal != 0)
+        every = self.constants["CHECKPOINT_FREQ"]
+        regular = self.step // every != (self.step - self.constants["NUM_ENVS"]) // every
+        return self.step < self.constants["MAX_STEPS"] and (regular or self._signal != 0)
 
     def save(self, loss: Tensor | None) -> None:
         """Write a checkpoint; after it everything has to start anew from (SEED, step). After a signal the run ends."""
@@ -240,9 +239,9 @@ class Run:
         return self.models / checkpoint_name(step)
 
     def _save(self) -> None:
-        state = {"run": self._record.run, "constants": self._constants, "step": self.step, "minutes": self._minutes()}
+        state = {"run": self._record.run, "constants": self.constants, "step": self.step, "minutes": self._minutes()}
         # One at the end of a run may lie off the beat; a longer run has none there, and gives its number to the next.
-        regular = [each for each in self.evaluations if each.number == each.step // self._constants["EVALUATE_FREQ"]]
+        regular = [each for each in self.evaluations if each.number == each.step // self.constants["EVALUATE_FREQ"]]
         state["evaluations"] = [tuple(evaluation) for evaluation in regular]
         state |= {"agent": self._agent.state_dict(), "memory": self._memory.state_dict()}
         write_whole(self._path(self.step), lambda file: torch.save(state, file))
@@ -267,8 +266,8 @@ class Run:
         if state["run"] != self._record.run:
             raise ConfigError("it is of another run")
         # SAVE_PREFIX tells where it was then.
-        constants = {**state["constants"], "SAVE_PREFIX": self._constants["SAVE_PREFIX"]}
-        if change := changed(constants, self._constants):
+        constants = {**state["constants"], "SAVE_PREFIX": self.constants["SAVE_PREFIX"]}
+        if change := changed(constants, self.constants):
             raise ConfigError(f"it is of a run with {change}")
         if path != self._path(state["step"]):
             raise ConfigError(f"it was written as {self._path(state['step']).name}")
@@ -305,7 +304,7 @@ class Run:
         for half in checkpoints(self.models, ".tmp"):
             half.unlink()
         self._prune()
-        last = -(-self._constants["MAX_STEPS"] // self._constants["EVALUATE_FREQ"])
+        last = -(-self.constants["MAX_STEPS"] // self.constants["EVALUATE_FREQ"])
         for model, number in models_in(self.models).items():
             if number > last:  # MAX_STEPS was larger
                 model.unlink()

@@ -138,8 +138,7 @@ def resolve(arguments: list[str]) -> dict:
     """All constants of main.py under `arguments`. Raises ConfigError for those that cannot work."""
     module = dict(vars(main))
     utils_config.override(module, arguments)
-    utils_config.check(module)
-    return {name: module[name] for name in utils_config.constants(module)}
+    return utils_config.check(module)
 
 
 def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:

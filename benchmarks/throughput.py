@@ -320,7 +320,7 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
             for name, values in rates.items()
         }
         figures |= {"ratios": ratios, "memory_microseconds": memories, "machine": about}
-        figures["constants"] = {name: getattr(main, name) for name in utils_config.constants(vars(main))}
+        figures["constants"] = utils_config.check(vars(main))
         Path(path).write_text(json.dumps(figures, indent=2) + "\n")
 
 

@@ -49,7 +49,7 @@ def throughput(benchmark, monkeypatch, tmp_path):
     module = benchmark("throughput")
     for name, value in {"WINDOW": 0.05, "WARM": 500, "SLOTS": (1_000, 2_000)}.items():
         monkeypatch.setattr(module, name, value)
-    for name in utils_config.constants(vars(main)):
+    for name in utils_config.types(vars(main)):
         monkeypatch.setattr(main, name, getattr(main, name))  # undone after the test
     monkeypatch.chdir(tmp_path)
 
@@ -456,7 +456,7 @@ def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_
     fit = benchmark("fit")
     monkeypatch.chdir(tmp_path)
     small = LEARNER | MACHINE | {"MAX_STEPS": 400, "EVALUATE_FREQ": 400, "CHECKPOINT_FREQ": 200, "N_STEP": 2}
-    for name in utils_config.constants(vars(main)):  # all of them, because fit.py sets what its recipes say
+    for name in utils_config.types(vars(main)):  # all of them, because fit.py sets what its recipes say
         monkeypatch.setattr(main, name, small.get(name, getattr(main, name)))
     main.main()
     monkeypatch.setattr(fit, "AFTER", (1,))

@@ -54,7 +54,8 @@ class Parts:
 
     def log(self, start: int = 0, total: int = 100_000) -> Log:
         """A log of them."""
-        return Log(self, self, self.agent, self, start, {**vars(main), "MAX_STEPS": total, "WARM_STEPS": 1_000})
+        self.constants = {**utils_config.check(vars(main)), "MAX_STEPS": total, "WARM_STEPS": 1_000}
+        return Log(self, self, self.agent, self, start)
 
     def evaluate(self, log: Log, step: int, *scores: float) -> None:
         """An evaluation with these scores."""
@@ -280,7 +281,7 @@ def test_the_constants_stand_beside_the_curves(parts):
     (event,) = reader.Tensors("constants/text_summary")
     table = event.tensor_proto.string_val[0].decode()
     assert "| MAX_STEPS | 100000 |" in table
-    assert table.count("\n") == len(utils_config.constants(vars(main))) + 1
+    assert table.count("\n") == len(utils_config.types(vars(main))) + 1
 
 
 # The picture

@@ -370,7 +370,7 @@ def test_the_policy_is_the_same_whatever_is_averaged(tiny_run):
 def test_every_constant_is_covered_by_these_tests():
     tested = {name for _, name, _ in EFFECTS} | {"V_MAX"}
     tested |= {"RENDER", "PLAY", "SAVE_PREFIX", "DEVICE", "THREADS", "CUDA_GRAPHS"}
-    assert tested == set(utils_config.constants(vars(main)))
+    assert tested == set(utils_config.types(vars(main)))
 
 
 def test_the_readme_names_every_constant_with_its_default():
@@ -381,7 +381,7 @@ def test_the_readme_names_every_constant_with_its_default():
     for names, defaults in table:
         told.update(zip(re.findall(r"`(\w+)`", names), re.findall(r"`(.*?)`", defaults), strict=True))
     assert {name: eval(text) for name, text in told.items()} == {
-        name: getattr(main, name) for name in utils_config.constants(vars(main))
+        name: getattr(main, name) for name in utils_config.types(vars(main))
     }
 
 
@@ -463,11 +463,11 @@ def test_help_lists_every_constant_with_its_comment_and_default(constants, capsy
         utils_config.override(constants, [spelling])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name in utils_config.constants(constants):
+    for name in utils_config.types(constants):
         assert f"--{name} " in text
     source = Path(main.__file__).read_text()
     comments = dict(re.findall(r"^([A-Z_]+): .*#\s*(.*)$", source, re.MULTILINE))
-    assert comments.keys() == utils_config.constants(constants).keys()
+    assert comments.keys() == utils_config.types(constants).keys()
     for comment in comments.values():
         assert comment in text
     assert "[breakout]" in text
@@ -555,7 +555,7 @@ def test_bad_input_is_one_line_on_stderr_and_status_2(monkeypatch, tmp_path, cap
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["main.py", "--MEM_SIZE=100_000", *arguments])  # fits any machine
     monkeypatch.setattr(utils_memory.torch, "zeros", forbidden)  # nothing is allocated before all is checked
-    for name in utils_config.constants(constants):  # undone after the test
+    for name in utils_config.types(constants):  # undone after the test
         monkeypatch.setattr(main, name, getattr(main, name))
     assert utils_config.run(main.main, vars(main)) == 2
     output = capsys.readouterr()

@@ -469,7 +469,9 @@ def test_a_run_that_is_killed_at_its_very_end_is_finished_by_the_next_start(monk
     assert (status, "checkpoint_0000000400 is refused: it is damaged; rewards.txt and the models" in told) == (2, True)
 
 
-@pytest.mark.parametrize(("looks", "step"), [(1_000, 300), (40, 240)])  # at the next checkpoint, or look before it
+@pytest.mark.parametrize(
+    ("looks", "step"), [(1_000, 300), (40, 236)]
+)  # at the next checkpoint; or the last step before a look
 def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeypatch, run_main, tmp_path, looks, step):
     learn, calls = main.Agent.learn, iter(range(1000))
     monkeypatch.setattr(utils_log, "SHOW_FREQ", looks)
@@ -535,7 +537,7 @@ def test_the_record_tells_how_the_run_came_about(run_main, tmp_path):
     run_main(tmp_path / "run", MAX_STEPS=40)
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert record["constants"] == {**{n: getattr(main, n) for n in record["constants"]}, **RUN, "MAX_STEPS": 40}
-    assert record["constants"].keys() == utils_config.constants(vars(main)).keys()
+    assert record["constants"].keys() == utils_config.types(vars(main)).keys()
     (start,) = record["starts"]
     assert start["command"] == "python main.py"
     assert start["torch"] == torch.__version__
@@ -581,8 +583,8 @@ class Part:
 
 
 def constants(**values) -> dict:
-    """A module's names, as open_run reads them."""
-    return {**vars(main), **RUN, "EVALUATE_FREQ": 100, **values}
+    """Those of main.py, but for some."""
+    return {**utils_config.check(vars(main)), **RUN, "EVALUATE_FREQ": 100, **values}
 
 
 def write(last: int, size: int = 1000, **values) -> None:
@@ -640,7 +642,7 @@ def place(monkeypatch, tmp_path):
 
 def test_going_on_takes_back_the_runs_own_pictures_and_nothing_else(place):
     place()
-    mine = ["eval_003/000000.png", "eval_003.gif", "eval_1000/000000.png", "eval_1000.gif"]
+    mine = ["eval_004/000000.png", "eval_004.gif", "eval_1000/000000.png", "eval_1000.gif"]
     others = [
         "eval_2024/notes.txt",
         "eval_2025",
@@ -654,7 +656,7 @@ def test_going_on_takes_back_the_runs_own_pictures_and_nothing_else(place):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
     assert resume() == 300
-    assert not any(Path(name).exists() for name in (*mine, "eval_003", "eval_1000"))
+    assert not any(Path(name).exists() for name in (*mine, "eval_004", "eval_1000"))
     assert [name for name in others if Path(name).exists()] == others
 
 
@@ -997,7 +999,7 @@ def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
             pass
     assert Path("run.json").exists()
     write(20, GAMMA=0.5)
-    assert sorted(str(path) for path in files()) == ["models/run.id", "run.json"]
+    assert sorted(str(path) for path in files()) == ["models/run.id", "rewards.txt", "run.json"]
 
 
 def test_files_with_names_like_those_of_a_run_are_in_no_ones_way(monkeypatch, run_main, tmp_path):
