@@ -54,7 +54,7 @@ class ConfigError(Stopped):
 class Audience:
     """A text stream that somebody reads. When nobody does any more, SIGHUP is raised, as for a lost terminal.
 
-    Where it is a file on a full disk it has gaps: what the run itself writes tells of those.
+    Where it is a file on a full disk, what does not fit is lost, and that is no error.
     """
 
     def __init__(self, stream: TextIO):

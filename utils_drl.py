@@ -392,7 +392,7 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
         saved = torch.load(path, map_location=device, weights_only=True)
         weights = {name: weight.clone() for name, weight in saved["weights"].items()}  # raises for what is no tensor
         about, shape = saved["about"], EARLIER | saved["shape"]
-        if "frame_skip" in about:  # from before the rules of the games had a name
+        if "rules" not in about and "frame_skip" in about:  # from before the rules of the games had a name
             earlier = {name: about.pop(name) for name in ("game", "frame_skip")}
             about["rules"] = {"stack_size": shape["stack_size"], **earlier}
         return about, shape, weights

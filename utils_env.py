@@ -54,7 +54,7 @@ class AtariEnv:
 
     - A lost life is terminal for learning, but the game goes on; without `terminal_on_life_loss` only a game's end is.
     - Rewards are clipped to [-1, 1]; raw scores are kept.
-    - FIRE is pressed for the agent after a reset (by the vectoriser) and after a lost life, where the game has it;
+    - FIRE is pressed for the agent after a reset (by the vectoriser) and after a lost life, if it is among the actions;
       without it Breakout never serves the next ball. The transition names the action that was really executed.
     - The row after a game's end is the first of the next game: its action was ignored and its age is 0.
     - A stack never mixes two games; where a game has no earlier frames it is black.
@@ -66,7 +66,8 @@ class AtariEnv:
 
     `repeat_action_probability` and `full_action_space` are ale-py's: the chance that an emulator frame repeats the last
     action instead (sticky actions, Machado et al. 2018, section 5.2), and all 18 actions in place of the game's own.
-    `rules` are the arguments by which games like these are made, to be saved with an agent that has learned them.
+    `rules` are the arguments by which such games are made again for an agent to play, not to learn from: to be saved
+    with one.
 
     The spaces are named as in gymnasium's vector environments, and hold what `reset` and `step` return as states and
     take as actions; what else these return is a row for the memory in place of gymnasium's rewards, ends and infos.
@@ -130,7 +131,7 @@ class AtariEnv:
         self.finished_lives: list[Episode] = []  # the same
 
     def get_action_dim(self) -> int:
-        """The number of actions of the game's minimal action set."""
+        """The number of actions: those that the game uses, or 18."""
         return len(self._meanings)
 
     def get_action_meanings(self) -> list[str]:
@@ -172,6 +173,9 @@ class AtariEnv:
             raise ValueError(f"an action of {self.game} is from 0 to {len(self._meanings) - 1}, not {wrong}")
         if self._fire is not None and self._lives:
             actions[self._lost] = self._fire
+        if self._fire is not None and self.rules["repeat_action_probability"]:
+            # The vectoriser presses it for a single frame, which may have repeated the action before.
+            actions[self._ages == 0] = self._fire
         self._actions = actions
         self._in_flight = True
         self._emulators.send(actions)
@@ -186,7 +190,7 @@ class AtariEnv:
         # reports neither truncation nor the last life, and some games play their last life with none left.
         restarted = info["episode_frame_number"] < self._clock
         self._clock = info["episode_frame_number"]
-        self._lost = self._terminals | (info["lives"] < self._lives_left)
+        self._lost = ~restarted & (self._terminals | (info["lives"] < self._lives_left))
         self._lives_left = info["lives"]
         self._ages = np.where(restarted, 0, np.minimum(self._ages + 1, max(self.stack_size - 1, 1)))
         clipped = np.clip(rewards, -1, 1)

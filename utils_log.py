@@ -20,7 +20,7 @@ from tqdm import tqdm
 import utils_machine
 from utils_config import command_line, count, play_command
 from utils_drl import Agent
-from utils_env import AtariEnv, normalize_game
+from utils_env import EPISODE_FRAMES, EVAL_FRAMES, AtariEnv, normalize_game
 from utils_files import CURVES, PICTURE, REWARDS, model_name, write_whole
 from utils_run import Run
 from utils_types import Episode, Evaluation, best_of
@@ -52,7 +52,8 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
         f"Ctrl-C stops the run at any time, and the same command goes on: {command_line()}",
     ]
     period = constants["CHECKPOINT_FREQ"] // constants["NUM_ENVS"]
-    if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < constants["EVAL_FRAMES"]:
+    longest = min(constants["EVAL_FRAMES"], EPISODE_FRAMES)
+    if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < longest:
         told = f"every game starts anew after {count(period, 'step')} of its own, so its later part is never seen"
         lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
     if steps <= warm:
@@ -292,6 +293,10 @@ def heading(constants: dict) -> str:
     games = f"{count(constants['EVAL_EPISODES'], 'game')} per evaluation, epsilon {constants['EVAL_EPS']:g}"
     if sticky := constants["REPEAT_ACTION_PROBABILITY"]:
         games += f", actions repeat with {sticky:g}"
+    if constants["FULL_ACTION_SPACE"]:
+        games += ", all 18 actions"
+    if (frames := constants["EVAL_FRAMES"]) != EVAL_FRAMES:
+        games += f", at most {frames:,} frames"
     return f"{normalize_game(constants['GAME'])}: {games}\n{', '.join(options)}"
 
 

@@ -128,7 +128,7 @@ def check_disk(constants: dict, directory: Path, memory: type[ReplayMemory]) -> 
     """
     capacity, num_envs = count_memory(constants), constants["NUM_ENVS"]
     memory_bytes = memory.saved_bytes(capacity, num_envs, constants["MAX_STEPS"])
-    with torch.device("meta"):  # where nothing is allocated
+    with torch.random.fork_rng(devices=[]):  # the meta device would import torch's compiler, which takes seconds
         shape = {
             name.lower(): constants[name] for name in ("STACK_SIZE", "DUELING", "QUANTILES", "ATOMS", "LAYER_NORM")
         }

@@ -304,7 +304,9 @@ class Run:
         for half in checkpoints(self.models, ".tmp"):
             half.unlink()
         self._prune()
-        last = -(-self.constants["MAX_STEPS"] // self.constants["EVALUATE_FREQ"])
+        games, every = self.constants["NUM_ENVS"], self.constants["EVALUATE_FREQ"]
+        end = -(-self.constants["MAX_STEPS"] // games) * games  # of the last iteration
+        last = end // every + (end // every == (end - games) // every)  # off the beat there is one more
         for model, number in models_in(self.models).items():
             if number > last:  # MAX_STEPS was larger
                 model.unlink()

@@ -18,7 +18,7 @@ class Transition(NamedTuple):
     frames: Tensor  # [N, H, W] uint8, the newest frame, seen after `actions`
     actions: Tensor  # [N] int64, the actions that were really executed
     rewards: Tensor  # [N] float32, clipped to [-1, 1]
-    terminals: Tensor  # [N] bool, whether this action ended a life or the game; a truncation is not terminal
+    terminals: Tensor  # [N] bool, whether this action ended the game, or a life where that counts; no truncation does
     ages: Tensor  # [N] int64, earlier frames of this game, at most max(S - 1, 1); 0: its first, no action led there
 
 
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
     actions: Tensor  # [B] int64
     returns: Tensor  # [B] float32, discounted sum of up to N_STEP rewards
     next_states: Tensor  # [B, S, H, W] uint8
-    discounts: Tensor  # [B] float32, gamma^k after k steps, 0 where the life or game ended inside them
+    discounts: Tensor  # [B] float32, gamma^k after k steps, 0 where a terminal is among them
     weights: Tensor  # [B] float32, importance weights, 1 for uniform replay
     indices: Tensor  # [B] int64, where the memory finds these transitions again
 

@@ -1086,9 +1086,13 @@ def test_a_loaded_state_takes_the_place_of_the_old_one():
     assert same(dict(tensors(state)), after)
 
 
-def test_learning_does_not_import_torchs_compiler():
-    """It takes seconds of every start; any torch.optim.Optimizer would."""
-    code = "import sys, test_agent as t; t.teach(t.Agent(4), [1]); sys.exit('torch._dynamo' in sys.modules)"
+def test_neither_starting_nor_learning_imports_torchs_compiler():
+    """It takes seconds of every start; any torch.optim.Optimizer would, and random numbers on the meta device."""
+    code = """if True:
+        import sys, pathlib, main, test_agent, utils_config, utils_machine
+        utils_machine.check_disk(utils_config.check(vars(main)), pathlib.Path("."), main.ReplayMemory)
+        test_agent.teach(main.make_agent(4, test_agent.torch.device("cpu"), test_agent.torch.float32), [1])
+        sys.exit("torch._dynamo" in sys.modules)"""
     paths = os.pathsep.join(str(Path(file).parent) for file in (__file__, utils_drl.__file__))
     assert subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths}).returncode == 0
 

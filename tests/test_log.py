@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ale_py.vector_env import AtariVectorEnv
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_main import TABLE, TINY
@@ -190,6 +191,35 @@ def test_games_and_their_lives_are_told_with_scores_clipped_scores_and_steps(gam
     assert len(env.finished_lives) == lives
     assert np.sum(env.finished_lives, axis=0).tolist() == list(whole)
     assert whole.clipped <= whole.score
+
+
+def test_lives_are_told_alike_where_their_end_is_terminal_and_where_not():
+    told = []
+    for terminal in (True, False):
+        env, rng = AtariEnv("breakout", 4, terminal_on_life_loss=terminal), np.random.default_rng(0)
+        env.reset(3)
+        ends = sum(int(env.step(rng.integers(4, size=4))[1].terminals.sum()) for _ in range(300))
+        told.append((env.finished_lives, env.finished_games))
+        assert ends == len(env.finished_lives if terminal else env.finished_games) > 0
+    assert told[0] == told[1]
+
+
+def test_a_game_that_ends_with_lives_it_had_won_loses_none_at_its_restart(monkeypatch):
+    """At the limit of frames, as Seaquest's do; here a game has won two lives where it is older than 50 frames."""
+    receive = AtariVectorEnv.recv
+
+    def richer(self) -> tuple:
+        *answer, info = receive(self)
+        return *answer, info | {"lives": info["lives"] + 2 * (info["episode_frame_number"] > 50)}
+
+    monkeypatch.setattr(AtariVectorEnv, "recv", richer)
+    env, pressed = AtariEnv("breakout", 1, max_frames=60), []
+    env.reset(3)
+    for _ in range(20):
+        pressed.append(int(env.step(np.array([2]))[1].actions[0]))
+    assert len(env.finished_games) == 1
+    assert all(life.steps > 0 for life in env.finished_lives)
+    assert set(pressed) == {2}
 
 
 def test_clipped_scores_count_points_of_any_size_as_one():
@@ -388,6 +418,8 @@ def test_the_picture_is_headed_by_the_game_how_it_was_measured_and_the_options_t
     assert heading(constants) == "pong: 7 games per evaluation, epsilon 0.01\nDOUBLE_DQN, N_STEP=3, SEED=3"
     constants["REPEAT_ACTION_PROBABILITY"] = 0.25
     assert heading(constants).startswith("pong: 7 games per evaluation, epsilon 0.01, actions repeat with 0.25\n")
+    constants |= {"REPEAT_ACTION_PROBABILITY": 0.0, "FULL_ACTION_SPACE": True, "EVAL_FRAMES": 108_000}
+    assert ", epsilon 0.01, all 18 actions, at most 108,000 frames\n" in heading(constants)
     constants |= {"PRIORITIZED": True, "DUELING": True, "LAYER_NORM": True, "N_STEP": 1, "ATOMS": 51, "V_MAX": 20.0}
     told = "PRIORITIZED, DOUBLE_DQN, DUELING, LAYER_NORM, ATOMS=51, V_MAX=20, SEED=3"
     assert heading(constants).splitlines()[1] == told

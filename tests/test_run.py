@@ -928,17 +928,33 @@ def test_an_empty_directory_of_the_users_outlives_a_start_that_is_refused(monkey
     assert not Path("models").exists()
 
 
-def test_models_of_a_run_that_becomes_shorter_than_it_was_are_gone(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("every", "steps", "last"),
+    [
+        (100, 350, 4),
+        (100, 400, 4),
+        (100, 397, 4),
+        (100, 301, 4),
+        (100, 300, 3),
+        (150, 450, 3),
+        (150, 451, 3),
+        (150, 453, 4),
+    ],
+)
+def test_models_of_a_run_that_becomes_shorter_than_it_was_are_gone(monkeypatch, tmp_path, every, steps, last):
+    """With 4 games in step: the iteration that ends at 452 passes 450 and 451, and one evaluation follows it."""
     monkeypatch.chdir(tmp_path)
-    write(200, MAX_STEPS=1_000, CHECKPOINT_FREQ=200)
-    for number in (1, 2, 3, 4, 9):
+    write(200, MAX_STEPS=1_000, CHECKPOINT_FREQ=200, EVALUATE_FREQ=every)
+    for number in range(10):
         Path(f"models/model_{number:03d}").touch()
     Path("models/model_best").touch()
-    assert resume(MAX_STEPS=350, CHECKPOINT_FREQ=200) == 200
-    assert sorted(path.name for path in Path("models").glob("model_*")) == [
-        *(f"model_{number:03d}" for number in (1, 2, 3, 4)),
-        "model_best",
-    ]
+    part = Part()
+    shorter = constants(MAX_STEPS=steps, CHECKPOINT_FREQ=200, EVALUATE_FREQ=every)
+    with contextlib.suppress(Killed), utils_run.open_run(shorter, CPU, ReplayMemory) as run:
+        run.resume(part, part)
+        raise Killed
+    names = [*(f"model_{number:03d}" for number in range(last + 1)), "model_best"]
+    assert sorted(path.name for path in Path("models").glob("model_*")) == names
 
 
 def test_a_disk_without_room_for_the_checkpoints_is_refused(monkeypatch, tmp_path):
