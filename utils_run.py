@@ -83,6 +83,13 @@ def open_run(constants: dict, device: torch.device, memory: type[ReplayMemory]) 
             raise run.stopped(told, "free some and give the same command again") from error
 
 
+def last_evaluation(steps: int, constants: dict) -> int:
+    """The number of the last evaluation in a run of so many steps: off the beat of EVALUATE_FREQ there is one more."""
+    games, every = constants["NUM_ENVS"], constants["EVALUATE_FREQ"]
+    end = -(-steps // games) * games  # of the last iteration
+    return end // every + (end // every == (end - games) // every)
+
+
 class Run:
     """One run, from its first start to its end; made by `open_run`.
 
@@ -304,9 +311,7 @@ class Run:
         for half in checkpoints(self.models, ".tmp"):
             half.unlink()
         self._prune()
-        games, every = self.constants["NUM_ENVS"], self.constants["EVALUATE_FREQ"]
-        end = -(-self.constants["MAX_STEPS"] // games) * games  # of the last iteration
-        last = end // every + (end // every == (end - games) // every)  # off the beat there is one more
+        last = last_evaluation(self.constants["MAX_STEPS"], self.constants)
         for model, number in models_in(self.models).items():
             if number > last:  # MAX_STEPS was larger
                 model.unlink()

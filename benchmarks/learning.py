@@ -34,6 +34,7 @@ import utils_machine
 from utils_drl import Agent
 from utils_env import AtariEnv, normalize_game
 from utils_files import model_name
+from utils_run import last_evaluation
 
 ROOT = Path(main.__file__).parent
 STRICT_GAMES = 30
@@ -53,7 +54,7 @@ class Run:
 
     def number(self, steps: int) -> int:
         """The evaluation at `steps`."""
-        return -(-steps // self.record["constants"]["EVALUATE_FREQ"])
+        return last_evaluation(steps, self.record["constants"])
 
     @property
     def finished(self) -> bool:
