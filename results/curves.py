@@ -8,7 +8,7 @@ from matplotlib.ticker import EngFormatter
 
 HERE = Path(__file__).parent
 RUNS = {
-    "the defaults": ["falling-rate/seed-2.txt", "gpu-breakout-2M/rewards.txt"],
+    "the defaults": ["falling-rate/seed-2.txt", "gpu-breakout-2M/rewards.txt", "gpu-breakout-2M/seed-0-on-a-cpu.txt"],
     "constant rate of 5e-4": ["breakout-rate-5e-4/seed-2.txt"],
     "constant rate of 2.5e-4": ["breakout-averaged-2M/seed-2.txt"],
     "2.5e-4, no averages": ["breakout-average/seed-1.txt", "breakout-2M/shipped.txt"],
