@@ -716,8 +716,9 @@ def test_ctrl_c_while_a_movie_is_written_leaves_the_one_before(monkeypatch, run_
 def test_a_model_may_lie_in_the_home_directory(run_main, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     save(tmp_path / "mine", frame_skip=20)
-    status, told = run_main(PLAY="~/mine", EVAL_EPS=1.0)
+    status, told = run_main(PLAY="~/mine", EVAL_EPS=1.0, EVAL_FRAMES=200)
     assert status == 0
+    assert "writing 11 pictures" in told  # 200 frames are 10 steps, and one more sees the end
     assert told.startswith(f"{tmp_path}/mine: playing a game of breakout")
 
 

@@ -469,9 +469,8 @@ def test_a_run_that_is_killed_at_its_very_end_is_finished_by_the_next_start(monk
     assert (status, "checkpoint_0000000400 is refused: it is damaged; rewards.txt and the models" in told) == (2, True)
 
 
-@pytest.mark.parametrize(
-    ("looks", "step"), [(1_000, 300), (40, 236)]
-)  # at the next checkpoint; or the last step before a look
+# At the next checkpoint, or at the last step before a look.
+@pytest.mark.parametrize(("looks", "step"), [(1_000, 300), (40, 236)])
 def test_a_loss_that_is_no_number_ends_the_run_with_step_loss_and_remedy(monkeypatch, run_main, tmp_path, looks, step):
     learn, calls = main.Agent.learn, iter(range(1000))
     monkeypatch.setattr(utils_log, "SHOW_FREQ", looks)
