@@ -8,7 +8,12 @@ from matplotlib.ticker import EngFormatter
 
 HERE = Path(__file__).parent
 RUNS = {
-    "the defaults": ["falling-rate/seed-2.txt", "gpu-breakout-2M/rewards.txt", "gpu-breakout-2M/seed-0-on-a-cpu.txt"],
+    "the defaults": [
+        "falling-rate/seed-2.txt",
+        "falling-rate/seed-3-1M.txt",
+        "gpu-breakout-2M/rewards.txt",
+        "gpu-breakout-2M/seed-0-on-a-cpu.txt",
+    ],
     "constant rate of 5e-4": ["breakout-rate-5e-4/seed-2.txt"],
     "constant rate of 2.5e-4": ["breakout-averaged-2M/seed-2.txt"],
     "2.5e-4, no averages": ["breakout-average/seed-1.txt", "breakout-2M/shipped.txt"],
@@ -29,6 +34,7 @@ for number, (recipe, names) in enumerate(RUNS.items()):
         style = {"label": recipe, "alpha": 1.0} if first else {"alpha": 0.5}
         axes.plot(steps[kept], scores[kept], color=f"C{number}", linewidth=2.5 if number == 0 else 1.3, **style)
 axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+axes.set_ylim(top=300)  # room for the legend
 axes.grid(alpha=0.3)
 axes.legend(fontsize="small")
 figure.savefig(HERE / "curves.png", dpi=100)
