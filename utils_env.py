@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.spaces import Box
-from gymnasium.vector.utils import batch_space
 from PIL import Image
 from torch import Tensor
 
@@ -69,9 +67,6 @@ class AtariEnv:
     `rules` are the arguments by which such games are made again for an agent to play, not to learn from: to be saved
     with one.
 
-    The spaces are named as in gymnasium's vector environments, and hold what `reset` and `step` return as states and
-    take as actions; what else these return is a row for the memory in place of gymnasium's rewards, ends and infos.
-
     Raises ValueError for a game that is none or needs two players, and for sizes that are too small.
     """
 
@@ -111,10 +106,6 @@ class AtariEnv:
             # Where a lost life is terminal; episodic_life would restart the game and hide the later lives' states.
             life_loss_info=terminal_on_life_loss,
         )
-        self.single_observation_space = Box(0, 255, (stack_size, *FRAME_SHAPE), np.uint8)
-        self.single_action_space = self._emulators.single_action_space
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
-        self.action_space = batch_space(self.single_action_space, num_envs)
         self._meanings = [action.name for action in self._emulators.ale.get_action_set()]
         self._fire = self._meanings.index("FIRE") if "FIRE" in self._meanings else None
         self._in_flight = False

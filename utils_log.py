@@ -56,8 +56,8 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
     if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < longest:
         told = f"every game starts anew after {count(period, 'step')} of its own, so its later part is never seen"
         lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
-    if steps <= warm:
-        lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends before WARM_STEPS ({warm})")
+    if steps <= warm + constants["NUM_ENVS"]:  # the iteration that finds so many in memory ends another one later
+        lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends with WARM_STEPS ({warm})")
     with contextlib.suppress(OSError):  # where no one counts
         load = os.getloadavg()[0]
         if device.type == "cpu" and torch.get_num_threads() > 1 and load >= utils_machine.count_cores() / 2:

@@ -200,7 +200,7 @@ def _fields(path: Path) -> dict[str, str]:
 
 def describe_start(device: torch.device, constants: dict) -> dict:
     """What there is to know about a start of the program with `constants` on `device`."""
-    commit = git("rev-parse", "HEAD")
+    commit = _git("rev-parse", "HEAD")
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S%z"),
         "command": command_line(),
@@ -209,7 +209,7 @@ def describe_start(device: torch.device, constants: dict) -> dict:
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in PACKAGES},
         "commit": commit,
-        "dirty": None if commit is None else bool(git("status", "--porcelain", "--untracked-files=no")),
+        "dirty": None if commit is None else bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
 
 
@@ -237,7 +237,7 @@ def describe_hardware(device: torch.device) -> dict[str, str | int]:
     return {"cpu": cpu, "cores": count_cores(), **gpu}
 
 
-def git(*arguments: str) -> str | None:
+def _git(*arguments: str) -> str | None:
     """What git says about this program, or None where it says nothing."""
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:

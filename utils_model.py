@@ -119,7 +119,6 @@ class DQN(nn.Module):
         super().__init__()
         self.action_dim, self.dueling, self.layer_norm = action_dim, dueling, layer_norm
         exact = torch.float32 if dtype == torch.bfloat16 else dtype
-        self.distribution = Atoms(atoms, v_max).to(exact) if atoms > 1 else Quantiles()
         self.outputs = atoms if atoms > 1 else quantiles  # for each action
         self.conv1 = nn.Conv2d(stack_size, 32, kernel_size=8, stride=BLOCK, bias=False)
         self.conv2 = nn.Conv2d(32, 64, kernel_size=4, stride=2, bias=False)
@@ -133,13 +132,12 @@ class DQN(nn.Module):
             self.value_norm = nn.LayerNorm(512) if layer_norm else None
             self.value_output = nn.Linear(512, self.outputs)
         for name, layer in self.named_children():
-            if layer is self.distribution:
-                continue
             if not layer_norm:
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
             layer.to(dtype=exact if name.endswith(("output", "norm")) else dtype, memory_format=torch.channels_last)
+        self.distribution = Atoms(atoms, v_max).to(exact) if atoms > 1 else Quantiles()
 
     def forward(self, states: Tensor) -> Tensor:
         """Outputs [B, action_dim, outputs], for `distribution` to read, of uint8 `states` [B, S, 84, 84]."""

@@ -20,7 +20,6 @@ from utils_files import (
     PICTURE,
     RECORD,
     REWARDS,
-    checkpoint_name,
     checkpoints,
     model_name,
     recording_name,
@@ -198,11 +197,11 @@ def _discard(record: Record, find_room: Callable[[], object]) -> bool:
 
     The record goes last, so that the next start ends what is cut off here. Raises OSError for what is not the run's.
     """
-    results, checkpoint = _results(record.models if record.owns_models else None), record.checkpoint or 0
-    removable = (*UNTRAINED, checkpoint_name(checkpoint))
-    more = [path for path in results if path.name not in removable and path.suffix != ".tmp"]
+    results, warm = _results(record.models if record.owns_models else None), record.constants["WARM_STEPS"]
+    early = [path for path in checkpoints(record.models) if step_of(path) <= warm]
+    more = [path for path in results if path.name not in UNTRAINED and path not in early and path.suffix != ".tmp"]
     steps = REWARDS.read_bytes().split()[1::3] if REWARDS in results else []
-    learned = checkpoint > record.constants["WARM_STEPS"] or record.finished is not None
+    learned = (record.checkpoint or 0) > warm or record.finished is not None
     if more or learned or steps not in ([], [b"0"]):
         return False
     find_room()  # what takes its place must not fail for want of it

@@ -34,7 +34,7 @@ class Batch(NamedTuple):
     returns: Tensor  # [B] float32, discounted sum of up to N_STEP rewards
     next_states: Tensor  # [B, S, H, W] uint8
     discounts: Tensor  # [B] float32, gamma^k after k steps, 0 where a terminal is among them
-    weights: Tensor  # [B] float32, importance weights, 1 for uniform replay
+    weights: Tensor  # [B] float32, importance weights; of uniform replay 1, or 0 where no transition was found
     indices: Tensor  # [B] int64, where the memory finds these transitions again
 
 

@@ -122,9 +122,10 @@ def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
     if asked.jobs > 1:
         constants = ["--THREADS=1", *constants]
     runs = []
-    for seed in asked.seeds:  # outermost: every question gets its first answer before any gets its second
-        for game in map(normalize_game, asked.games):
-            for recipe in asked.recipes:
+    seeds, games, recipes = map(dict.fromkeys, (asked.seeds, map(normalize_game, asked.games), asked.recipes))  # once
+    for seed in seeds:  # outermost: every question gets its first answer before any gets its second
+        for game in games:
+            for recipe in recipes:
                 own = {"GAME": game, "SEED": seed, "MAX_STEPS": asked.steps, "EVALUATE_FREQ": asked.every}
                 runs.append(open_run(asked.out, recipe, [*flags(RECIPES[recipe]), *constants, *flags(own)]))
     return runs

@@ -17,7 +17,6 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import resource
 import statistics
 import sys
@@ -77,9 +76,9 @@ def bench() -> None:
             utils_machine.check_disk(constants | {"MAX_STEPS": LENGTH}, Path("."), kind)
         trained = {}
         if arguments.model:
-            trained["make_agent"] = make_agent = with_weights(arguments.model, main.make_agent)
+            trained["make_agent"] = with_weights(arguments.model)
             # An agent and games for nothing, but a model that does not fit is told now.
-            make_agent(main.make_env(device).get_action_dim(), device, torch.float32)
+            trained["make_agent"](main.make_env(device).get_action_dim(), device, torch.float32)
     except (utils_config.ConfigError, OSError, ValueError) as error:
         parser.error(str(error))
     if arguments.emulator_threads is not None:
@@ -164,9 +163,9 @@ def loop(prioritized: bool, **others) -> float:
     raise RuntimeError("the loop ended before it was measured")
 
 
-def with_weights(path: str, make_agent: Callable[..., Agent]) -> Callable[..., Agent]:
-    """`make_agent`, and then the weights of the model at `path`."""
-    model = Path(path).resolve()  # the loop has a directory of its own
+def with_weights(path: str) -> Callable[..., Agent]:
+    """main.make_agent, and then the weights of the model at `path`."""
+    make_agent, model = main.make_agent, Path(path).resolve()  # the loop has a directory of its own
 
     def make(*arguments) -> Agent:
         agent = make_agent(*arguments)
@@ -326,25 +325,16 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
 
 def machine(device: torch.device) -> dict[str, str | int | float]:
     """What the figures were taken on."""
+    threads = utils_machine.choose_emulator_threads(device) or utils_machine.count_cores()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # there bytes
     about = {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": utils_machine.git("describe", "--always", "--dirty"),
-        **utils_machine.describe_hardware(device),
-        "threads": torch.get_num_threads(),
-        "emulator_threads": min(
-            utils_machine.choose_emulator_threads(device) or utils_machine.count_cores(), main.NUM_ENVS
-        ),
-        "python": platform.python_version(),
-        **{
-            name: importlib.metadata.version(name)
-            for name in ("torch", "numpy", "gymnasium", "ale-py", "stable-baselines3")
-            if importlib.util.find_spec(name.replace("-", "_"))
-        },
+        **utils_machine.describe_start(device, vars(main)),
+        "emulator_threads": min(threads, main.NUM_ENVS),
         "games": main.NUM_ENVS,
-        "precision": str(utils_machine.choose_dtype(main.PRECISION, device)).removeprefix("torch."),
-        "device": str(device),
-        "peak_ram_gb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+        "peak_ram_gb": round(peak / 1e9, 2),
     }
+    if importlib.util.find_spec("stable_baselines3"):
+        about["stable-baselines3"] = importlib.metadata.version("stable-baselines3")
     if device.type == "cuda":
         about["peak_gpu_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
     return about

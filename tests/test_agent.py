@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from test_model import make_states
 
 import utils_drl
 from utils_drl import Agent
@@ -55,12 +56,6 @@ class FakeMemory:
 
     def update_priorities(self, indices, td_errors):
         self.updates.append((indices.clone(), td_errors))
-
-
-def make_states(count, seed=0):
-    """Blocky random pictures: coarse enough that two of them give clearly different values."""
-    blocks = torch.randint(0, 256, (count, 4, 7, 7), generator=torch.Generator().manual_seed(seed))
-    return blocks.repeat_interleave(12, 2).repeat_interleave(12, 3).to(torch.uint8)
 
 
 def make_batch(seed=0, prioritized=True, n_step=3):

@@ -287,15 +287,18 @@ rows(*range(last + 1))
         assert list(record(tmp_path, "shipped-breakout-0")["reached"]) == reached
 
 
-def test_jobs_work_side_by_side_with_one_thread_each(bench, learning, monkeypatch, tmp_path):
+def test_jobs_work_side_by_side_with_one_thread_each_and_what_is_asked_for_twice_is_done_once(
+    bench, learning, monkeypatch, tmp_path
+):
     code = """
-Path(f"../../here{seed}").touch()
+Path(f"../../here{seed}").touch(exist_ok=False)
 while not all(Path(f"../../here{other}").exists() for other in (1, 2)): time.sleep(0.01)
 assert "--THREADS=1" in sys.argv
 rows(0, 1, 2)
 """
     stand_in(learning, monkeypatch, tmp_path, code)
-    assert bench("--seeds", "1", "2", "--jobs=2", "--steps=200", "--every=100") == 0
+    twice = ["--recipes", "shipped", "shipped", "--games", "breakout", "Breakout", "--seeds", "1", "2", "1"]
+    assert bench(*twice, "--jobs=2", "--steps=200", "--every=100") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -794,16 +794,3 @@ def test_a_place_that_cannot_be_written_is_told_after_the_game(run_main, tmp_pat
     os.mkdir("play.gif")
     status, told = run_main(PLAY=str(path), EVAL_EPS=1.0)
     assert (status, told.splitlines()[-1]) == (2, "error: cannot write play.gif: Is a directory")
-
-
-# What others know
-
-
-def test_the_environment_has_the_spaces_of_a_gymnasium_vector_environment():
-    env = AtariEnv("breakout", 3, stack_size=2)
-    states, _ = env.reset(0)
-    assert env.observation_space.contains(states.numpy())
-    assert env.single_observation_space.contains(states[0].numpy())
-    states, _ = env.step(env.action_space.sample())
-    assert env.observation_space.contains(states.numpy())
-    assert env.single_action_space.n == env.get_action_dim() == 4

@@ -737,9 +737,13 @@ def test_writing_a_checkpoint_is_told(tiny_run, capsys):
     assert "step 200 of 400: writing a checkpoint" in capsys.readouterr().err
 
 
-def test_a_run_too_short_to_learn_says_so(tiny_run, capsys):
-    tiny_run(**TABLE, MAX_STEPS=100)
-    assert "nothing will be learned: MAX_STEPS (100) ends before WARM_STEPS (100)" in capsys.readouterr().err
+def test_a_run_too_short_to_learn_says_so(monkeypatch, tiny_run, capsys):
+    updates = []
+    noted(monkeypatch, main.Agent, "learn", lambda *_: updates.append(1))
+    for steps in (104, 105):  # four games in step: 100 steps are in memory in the iteration that ends at 108
+        tiny_run(**TABLE, MAX_STEPS=steps, POLICY_UPDATE=4)
+        told = f"nothing will be learned: MAX_STEPS ({steps}) ends with WARM_STEPS (100)" in capsys.readouterr().err
+        assert (told, len(updates)) == ((True, 0) if steps == 104 else (False, 1))
 
 
 def test_free_memory_is_between_nothing_and_what_the_machine_has():

@@ -10,6 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from test_sumtree import chi_square_limit
 
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 from utils_types import FRAME_SHAPE, Transition
@@ -184,12 +185,6 @@ def assert_answers(batch, naive):
     assert np.allclose(batch.discounts.numpy(), discounts, rtol=1e-6, atol=0)
     for given, allowed in zip(batch.next_states.numpy(), following, strict=True):
         assert any(np.array_equal(given, stack) for stack in allowed)
-
-
-def chi_square_limit(freedom):
-    """The value a chi-square statistic exceeds once in 100,000 cases (Wilson and Hilferty's approximation)."""
-    spread = 2 / (9 * freedom)
-    return freedom * (1 - spread + 4.265 * math.sqrt(spread)) ** 3
 
 
 # ---- the differential test ----

@@ -988,7 +988,7 @@ def test_without_room_for_its_successor_a_run_that_has_learned_nothing_is_kept(m
 
 @pytest.fixture
 def begun(monkeypatch, tmp_path):
-    """A run in the current directory that was evaluated at step 0 and killed."""
+    """A run in the current directory that was evaluated at step 0, stopped twice in its warm-up, and killed."""
     monkeypatch.chdir(tmp_path)
     with contextlib.suppress(Killed), utils_run.open_run(constants(), CPU, ReplayMemory) as run:
         run.resume(Part(), Part())
@@ -996,7 +996,8 @@ def begun(monkeypatch, tmp_path):
         for name in ("models/model_000", "rewards.png", "eval_000/000000.png", "eval_000.gif", "curves/events.out.x"):
             Path(name).parent.mkdir(exist_ok=True)
             Path(name).touch()
-        Path("models/checkpoint_0000000200.tmp").touch()
+        for name in ("checkpoint_0000000200.tmp", "checkpoint_0000000060", "checkpoint_0000000100"):
+            Path("models", name).touch()
         raise Killed
 
 
@@ -1005,7 +1006,7 @@ def files() -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in Path(".").rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("number", range(1, 10))
+@pytest.mark.parametrize("number", range(1, 12))
 @pytest.mark.usefixtures("begun")
 def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
     with monkeypatch.context() as patch:
