@@ -56,7 +56,8 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
     if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < longest:
         told = f"every game starts anew after {count(period, 'step')} of its own, so its later part is never seen"
         lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
-    if steps <= warm + constants["NUM_ENVS"]:  # the iteration that finds so many in memory ends another one later
+    iterations, warming = (-(-each // constants["NUM_ENVS"]) for each in (steps, warm))
+    if iterations <= warming + 1:  # one more fills the memory, and the next finds it so
         lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends with WARM_STEPS ({warm})")
     with contextlib.suppress(OSError):  # where no one counts
         load = os.getloadavg()[0]

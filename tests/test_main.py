@@ -1,6 +1,7 @@
 """Whole runs in process with tiny constants, overrides from the command line, and every kind of bad input."""
 
 import functools
+import itertools
 import os
 import re
 import resource
@@ -740,10 +741,11 @@ def test_writing_a_checkpoint_is_told(tiny_run, capsys):
 def test_a_run_too_short_to_learn_says_so(monkeypatch, tiny_run, capsys):
     updates = []
     noted(monkeypatch, main.Agent, "learn", lambda *_: updates.append(1))
-    for steps in (104, 105):  # four games in step: 100 steps are in memory in the iteration that ends at 108
-        tiny_run(**TABLE, MAX_STEPS=steps, POLICY_UPDATE=4)
-        told = f"nothing will be learned: MAX_STEPS ({steps}) ends with WARM_STEPS (100)" in capsys.readouterr().err
+    for warm, steps in itertools.product((97, 100), (104, 105)):  # of four games; 108 ends the first that learns
+        tiny_run(**TABLE, WARM_STEPS=warm, MAX_STEPS=steps, POLICY_UPDATE=4)
+        told = f"nothing will be learned: MAX_STEPS ({steps}) ends with WARM_STEPS ({warm})" in capsys.readouterr().err
         assert (told, len(updates)) == ((True, 0) if steps == 104 else (False, 1))
+        updates.clear()
 
 
 def test_free_memory_is_between_nothing_and_what_the_machine_has():
