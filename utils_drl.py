@@ -377,9 +377,6 @@ class Agent:
             self._averaged.zero_()
 
 
-EARLIER = {"atoms": 1, "layer_norm": False}  # the shape of models from before there was a choice
-
-
 def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> tuple[dict, dict, dict[str, Tensor]]:
     """What `Agent.save` wrote: about the weights, their network's shape, and the weights on `device`.
 
@@ -391,11 +388,7 @@ def read_model(path: str | os.PathLike, device: torch.device | str = "cpu") -> t
             raise ValueError("its checksums are not those of its parts")
         saved = torch.load(path, map_location=device, weights_only=True)
         weights = {name: weight.clone() for name, weight in saved["weights"].items()}  # raises for what is no tensor
-        about, shape = saved["about"], EARLIER | saved["shape"]
-        if "rules" not in about and "frame_skip" in about:  # from before the rules of the games had a name
-            earlier = {name: about.pop(name) for name in ("game", "frame_skip")}
-            about["rules"] = {"stack_size": shape["stack_size"], **earlier}
-        return about, shape, weights
+        return saved["about"], saved["shape"], weights
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a damaged file raises any of a dozen kinds

@@ -53,15 +53,19 @@ def start(directory: Path, constants: dict, **options) -> subprocess.Popen:
     )
 
 
+def curves(directory: Path = Path()) -> dict[str, list[tuple[int, float]]]:
+    """What TensorBoard shows of a run in `directory`: steps and values of every curve."""
+    reader = EventAccumulator(str(directory / "curves"), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+
+
 def results(directory: Path) -> dict[str, bytes | dict]:
     """What a run has written, and its curves as TensorBoard reads them, without what tells of interruptions or time."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    reader = EventAccumulator(str(directory / "curves"), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in reader.Tags()["scalars"] if not tag.startswith("speed/")]
-    curves = {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in tags}
+    timeless = {tag: points for tag, points in curves(directory).items() if not tag.startswith("speed/")}
     own = re.compile(r"run\.json|run\.id|rewards\.png|checkpoint_.*|events\..*")
     written = {str(path.relative_to(directory)): path.read_bytes() for path in files if not own.fullmatch(path.name)}
-    return {"curves": curves, **written}
+    return {"curves": timeless, **written}
 
 
 def finish(process: subprocess.Popen) -> None:

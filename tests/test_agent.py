@@ -831,12 +831,6 @@ def test_the_python_in_the_readme_works(monkeypatch, tmp_path):
     exec(code.replace("agent, 30,", "agent, 2,"), {})  # 30 games would take a while
 
 
-def test_a_model_from_before_its_rules_had_a_name_is_read_like_a_new_one(tmp_path):
-    Agent(ACTIONS, stack_size=2).save(tmp_path / "model", game="pong", frame_skip=5, step=7)
-    _, about = Agent.from_model(tmp_path / "model")
-    assert about == {"rules": {"game": "pong", "stack_size": 2, "frame_skip": 5}, "step": 7}
-
-
 def test_save_replaces_an_older_file_and_leaves_nothing_beside_it(tmp_path):
     (tmp_path / "model").write_bytes(b"old")
     agent = Agent(ACTIONS, seed=1)
@@ -879,17 +873,6 @@ def test_load_refuses_a_file_for_another_number_of_actions(tmp_path):
 def test_load_refuses_a_file_of_another_network(tmp_path, written, wanted):
     Agent(ACTIONS, **written).save(tmp_path / "model")
     assert_refused(tmp_path / "model", Agent(ACTIONS, **wanted))
-
-
-def test_models_from_before_there_were_atoms_and_norms_load(tmp_path):
-    agent, twin = make_agent(dtype=torch.float32), Agent(ACTIONS)
-    agent.save(tmp_path / "model")
-    content = torch.load(tmp_path / "model", weights_only=True)
-    del content["shape"]["atoms"], content["shape"]["layer_norm"]
-    torch.save(content, tmp_path / "model")
-    twin.load(tmp_path / "model")
-    assert same(snapshot(agent.policy), snapshot(twin.policy))
-    assert_refused(tmp_path / "model", Agent(ACTIONS, atoms=7))
 
 
 def test_v_max_tells_nothing_apart_where_there_are_no_atoms(tmp_path):

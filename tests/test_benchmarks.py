@@ -24,16 +24,20 @@ from utils_env import AtariEnv
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
 
 BENCHMARKS = Path(main.__file__).parent / "benchmarks"
-LEARNER = {
+SMALL = {
     "NUM_ENVS": 4,
     "WARM_STEPS": 100,
     "MEM_SIZE": 300,
     "TARGET_UPDATE": 100,
     "POLICY_UPDATE": 20,
     "BATCH_SIZE": 4,
+    "EVAL_EPISODES": 1,
+    "EVAL_EPS": 1.0,
+    "PRECISION": "float32",
+    "DEVICE": "cpu",
+    "THREADS": 1,
 }
-MACHINE = {"NUM_ENVS": 4, "EVAL_EPISODES": 1, "EVAL_EPS": 1.0, "PRECISION": "float32", "DEVICE": "cpu", "THREADS": 1}
-TINY = [f"--{name}={value}" for name, value in (LEARNER | MACHINE).items()]
+TINY = [f"--{name}={value}" for name, value in SMALL.items()]
 
 
 @pytest.fixture
@@ -458,7 +462,7 @@ def test_fit_teaches_a_network_what_another_one_makes_of_a_run_and_more_updates_
 ):
     fit = benchmark("fit")
     monkeypatch.chdir(tmp_path)
-    small = LEARNER | MACHINE | {"MAX_STEPS": 400, "EVALUATE_FREQ": 400, "CHECKPOINT_FREQ": 200, "N_STEP": 2}
+    small = SMALL | {"MAX_STEPS": 400, "EVALUATE_FREQ": 400, "CHECKPOINT_FREQ": 200, "N_STEP": 2}
     for name in utils_config.types(vars(main)):  # all of them, because fit.py sets what its recipes say
         monkeypatch.setattr(main, name, small.get(name, getattr(main, name)))
     main.main()

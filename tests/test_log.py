@@ -19,9 +19,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ale_py.vector_env import AtariVectorEnv
+from kill_test import curves
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_main import TABLE, TINY
+from test_agent import FakeMemory
+from test_gpu import rows
+from test_main import TABLE, TINY, run_in
 
 import main
 import utils_config
@@ -31,14 +34,7 @@ from utils_drl import Agent
 from utils_env import AtariEnv
 from utils_log import Log, draw_rewards, fit, heading, ticks
 from utils_memory import PrioritizedReplayMemory, ReplayMemory
-from utils_types import Episode, Evaluation, Transition
-
-
-def curves(directory: Path = Path("curves")) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard shows: steps and values of every curve."""
-    reader = EventAccumulator(str(directory), size_guidance={"scalars": 0})
-    reader.Reload()
-    return {tag: [(event.step, event.value) for event in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
+from utils_types import Episode, Evaluation
 
 
 class Parts:
@@ -76,37 +72,12 @@ def parts(monkeypatch, tmp_path):
 # Statistics
 
 
-def filled(kind, rows: int, games: int = 4, **options):
-    """A memory of noise."""
-    memory, generator = kind(40 * games, games, **options), torch.Generator().manual_seed(0)
-    for number in range(rows):
-        memory.push(
-            Transition(
-                torch.randint(0, 256, (games, 84, 84), dtype=torch.uint8, generator=generator),
-                torch.randint(0, 4, (games,), generator=generator),
-                torch.randn(games, generator=generator),
-                torch.rand(games, generator=generator) < 0.1,
-                torch.full((games,), min(number, 3)),
-            )
-        )
+def filled(kind, count: int, games: int = 4, **options):
+    """A memory of random rows."""
+    memory = kind(40 * games, games, **options)
+    for row in rows(count, games):
+        memory.push(row)
     return memory
-
-
-class Fixed:
-    """A memory that hands out given batches and keeps the TD errors."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, batches):
-        self.batches, self.td_errors = iter(batches), []
-
-    def sample(self, batch_size, batches=1):
-        """The next one."""
-        return next(self.batches)
-
-    def update_priorities(self, indices, td_errors):
-        """Keep them."""
-        self.td_errors.append(td_errors)
 
 
 def test_an_agents_statistics_are_means_over_the_updates_since_they_were_last_read():
@@ -115,7 +86,7 @@ def test_an_agents_statistics_are_means_over_the_updates_since_they_were_last_re
     assert agent.read_statistics() == {}
     for count in (3, 1):
         batches, naive = [memory.sample(8) for _ in range(count)], []
-        fixed = Fixed(batches)
+        fixed = FakeMemory(batches)
         for batch in batches:
             policy = copy.deepcopy(agent.policy)
             values = policy(batch.states).squeeze(2).gather(1, batch.actions[:, None]).squeeze(1)
@@ -134,10 +105,10 @@ def test_an_agents_statistics_are_means_over_the_updates_since_they_were_last_re
 def test_of_several_updates_at_once_the_last_one_counts():
     memory = filled(ReplayMemory, 30)
     agent = Agent(4, dtype=torch.float64)
-    fixed = Fixed([memory.sample(8, 5), memory.sample(8, 2)])
+    fixed = FakeMemory([memory.sample(8) for _ in range(5 + 2)])
     losses = [agent.learn(fixed, 8, updates).item() for updates in (5, 2)]
     told = agent.read_statistics()
-    last = torch.cat([errors[-8:] for errors in fixed.td_errors])
+    last = torch.cat([errors[-8:] for _, errors in fixed.updates])
     assert (told["loss"], told["td_error"]) == pytest.approx((np.mean(losses), last.abs().mean().item()))
 
 
@@ -153,17 +124,17 @@ def test_reading_statistics_changes_no_bit_of_training(kind):
         assert torch.equal(mine, its)
 
 
-@pytest.mark.parametrize("rows", [20, 100])  # a memory that is filling and one that has wrapped
-def test_statistics_of_priorities_are_those_of_the_transitions_that_may_be_drawn(rows):
-    memory = filled(PrioritizedReplayMemory, rows, beta_start=0.5, beta_steps=1000)
+@pytest.mark.parametrize("count", [20, 100])  # rows: a memory that is filling and one that has wrapped
+def test_statistics_of_priorities_are_those_of_the_transitions_that_may_be_drawn(count):
+    memory = filled(PrioritizedReplayMemory, count, beta_start=0.5, beta_steps=1000)
     indices = memory.sampleable()
     memory.update_priorities(indices, torch.rand(len(indices), generator=torch.Generator().manual_seed(1)))
     priorities = memory.priorities(indices).numpy()
     chances = priorities / priorities.sum()
-    newest = rows * 4 - 1
+    newest = count * 4 - 1
     assert memory.read_statistics() == pytest.approx(
         {
-            "beta": min(0.5 + 0.5 * (rows - 1) * 4 / 1000, 1.0),
+            "beta": min(0.5 + 0.5 * (count - 1) * 4 / 1000, 1.0),
             "effective_sample_size": 1 / (chances**2).sum(),
             "largest_priority": priorities.max(),
             "mean_priority": priorities.mean(),
@@ -435,12 +406,8 @@ def run_main(monkeypatch, tmp_path, capsys):
     """A function that runs main.py with tiny constants in an empty directory; its status and what it told."""
 
     def run(**values) -> tuple[int, str]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["main.py"])
-            for name, value in {**TINY, **values}.items():
-                patch.setattr(main, name, value)
-            capsys.readouterr()
-            status = utils_config.run(main.main, vars(main))
+        capsys.readouterr()
+        status = run_in(tmp_path, **values)
         return status, capsys.readouterr().err
 
     monkeypatch.chdir(tmp_path)

@@ -54,6 +54,17 @@ class Corridor(TableEnv):
 TABLE = {"AtariEnv": Corridor, "STACK_SIZE": 1}  # games that start at once, for runs where others show no more
 
 
+def run_in(directory: Path, **constants) -> int:
+    """Run main.py in a directory as from the shell, with tiny constants but for these; its status."""
+    directory.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        patch.setattr(sys, "argv", ["main.py"])
+        for name, value in {**TINY, **constants}.items():
+            patch.setattr(main, name, value)
+        return utils_config.run(main.main, vars(main))
+
+
 @pytest.fixture
 def tiny_run(monkeypatch, tmp_path):
     """A function that runs main.main() in an empty directory with tiny constants and returns what it wrote."""
@@ -309,11 +320,7 @@ def plain_run(tmp_path_factory):
     @functools.cache
     def run(games: type) -> Run:
         directory = tmp_path_factory.mktemp("plain")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(directory)
-            for name, value in {**TINY, **PLAIN[games]}.items():
-                patch.setattr(main, name, value)
-            main.main()
+        assert run_in(directory, **PLAIN[games]) == 0
         return Run(directory)
 
     return run

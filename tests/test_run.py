@@ -25,6 +25,7 @@ from pathlib import Path
 import kill_test
 import numpy as np
 import pytest
+import test_main
 import torch
 from test_main import TINY, Corridor
 
@@ -49,13 +50,7 @@ class Killed(BaseException):
 
 def run_in(directory: Path, **values) -> int:
     """Run main.py in a directory as from the shell, with games of a table, which start at once; its status."""
-    directory.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(directory)
-        patch.setattr(sys, "argv", ["main.py"])
-        for name, value in {"AtariEnv": Corridor, **RUN, **values}.items():
-            patch.setattr(main, name, value)
-        return utils_config.run(main.main, vars(main))
+    return test_main.run_in(directory, **{"AtariEnv": Corridor, **RUN, **values})
 
 
 @pytest.fixture
