@@ -728,16 +728,16 @@ def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp
         main.main()
 
 
-def test_games_that_never_get_far_are_told():
-    def introduce(steps: int, checkpoint_freq: int) -> str:
-        constants = {**vars(main), "MAX_STEPS": steps, "CHECKPOINT_FREQ": checkpoint_freq, "NUM_ENVS": 4}
-        return utils_log.introduction(constants, torch.device("cpu"), "")
+@pytest.mark.parametrize(("frames", "enough"), [(18_000, 4_500), (2_000, 500), (108_000, 27_000), (10**6, 27_000)])
+def test_games_that_never_get_far_are_told(frames, enough):
+    def introduce(steps: int, each: int) -> str:
+        constants = {"MAX_STEPS": steps, "CHECKPOINT_FREQ": 4 * each, "NUM_ENVS": 4, "EVAL_FRAMES": frames}
+        return utils_log.introduction(vars(main) | constants, torch.device("cpu"), "")
 
-    assert "starts anew after 4,499 steps of its own, so its later part is never seen: raise" in introduce(
-        100_000, 4 * 4_499
-    )
-    assert "starts anew" not in introduce(100_000, 4 * 4_500)  # as long as an evaluation's games may last
-    assert "starts anew" not in introduce(4 * 4_499, 4 * 4_499)  # over before
+    told = f"starts anew after {enough - 1:,} steps of its own, so its later part is never seen: raise"
+    assert told in introduce(200_000, enough - 1)
+    assert "starts anew" not in introduce(200_000, enough)  # as long as a game may last, in evaluations or at all
+    assert "starts anew" not in introduce(4 * (enough - 1), enough - 1)  # over before
 
 
 def test_writing_a_checkpoint_is_told(tiny_run, capsys):
