@@ -42,23 +42,26 @@ SHORT = {  # words where a bar is narrow, so that 80 columns hold all of it
 def introduction(constants: dict, device: torch.device, room: str) -> str:
     """What is about to be done with `constants`, where, in what `room`, and how to stop it and go on."""
     machine = utils_machine.describe_device(device, constants["PRECISION"])
-    steps, warm, games = constants["MAX_STEPS"], constants["WARM_STEPS"], count(constants["NUM_ENVS"], "game")
+    game, steps, warm = normalize_game(constants["GAME"]), constants["MAX_STEPS"], constants["WARM_STEPS"]
+    games, every = constants["NUM_ENVS"], constants["POLICY_UPDATE"]
     lines = [
-        f"{normalize_game(constants['GAME'])}: {steps:,} steps, {games} in step, learning after {warm:,}",
+        f"{game}: {steps:,} steps, {count(games, 'game')} in step, learning after {warm:,}",
         f"on {machine['device']}, {machine['precision']}",
         room,
         f"results: {REWARDS}, {PICTURE}, {constants['SAVE_PREFIX']}/",
         f"curves: tensorboard --logdir={CURVES}",
         f"Ctrl-C stops the run at any time, and the same command goes on: {command_line()}",
     ]
-    period = constants["CHECKPOINT_FREQ"] // constants["NUM_ENVS"]
+    period = constants["CHECKPOINT_FREQ"] // games
     longest = min(constants["EVAL_FRAMES"], EPISODE_FRAMES)
     if constants["CHECKPOINT_FREQ"] < steps and period * constants["FRAME_SKIP"] < longest:
         told = f"every game starts anew after {count(period, 'step')} of its own, so its later part is never seen"
         lines.append(f"{told}: raise CHECKPOINT_FREQ, or lower NUM_ENVS")
-    iterations, warming = (-(-each // constants["NUM_ENVS"]) for each in (steps, warm))
-    if iterations <= warming + 1:  # one more fills the memory, and the next finds it so
-        lines.append(f"nothing will be learned: MAX_STEPS ({steps}) ends with WARM_STEPS ({warm})")
+    # An iteration more fills the memory, and from the next on there is an update every so many steps.
+    end, warmed = (-(-each // games) * games for each in (steps, warm))
+    if end // every <= (warmed + games) // every:
+        told = f"MAX_STEPS ({steps:,}) ends before an update after WARM_STEPS ({warm:,})"
+        lines.append(f"nothing will be learned: {told}")
     with contextlib.suppress(OSError):  # where no one counts
         load = os.getloadavg()[0]
         if device.type == "cpu" and torch.get_num_threads() > 1 and load >= utils_machine.count_cores() / 2:

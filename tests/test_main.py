@@ -1,7 +1,6 @@
 """Whole runs in process with tiny constants, overrides from the command line, and every kind of bad input."""
 
 import functools
-import itertools
 import os
 import re
 import resource
@@ -748,11 +747,14 @@ def test_writing_a_checkpoint_is_told(tiny_run, capsys):
 def test_a_run_too_short_to_learn_says_so(monkeypatch, tiny_run, capsys):
     updates = []
     noted(monkeypatch, main.Agent, "learn", lambda *_: updates.append(1))
-    for warm, steps in itertools.product((97, 100), (104, 105)):  # of four games; 108 ends the first that learns
-        tiny_run(**TABLE, WARM_STEPS=warm, MAX_STEPS=steps, POLICY_UPDATE=4)
-        told = f"nothing will be learned: MAX_STEPS ({steps}) ends with WARM_STEPS ({warm})" in capsys.readouterr().err
-        assert (told, len(updates)) == ((True, 0) if steps == 104 else (False, 1))
-        updates.clear()
+    # Of four games; 108 ends the first iteration that may learn, and 120 the first that completes 20 steps after it.
+    for every, steps in ((4, 104), (4, 105), (20, 116), (20, 117)):
+        for warm in (97, 100):
+            tiny_run(**TABLE, WARM_STEPS=warm, MAX_STEPS=steps, POLICY_UPDATE=every)
+            sentence = f"nothing will be learned: MAX_STEPS ({steps}) ends before an update after WARM_STEPS ({warm})"
+            told = sentence in capsys.readouterr().err
+            assert (told, len(updates)) == ((False, 1) if steps in (105, 117) else (True, 0))
+            updates.clear()
 
 
 def test_free_memory_is_between_nothing_and_what_the_machine_has():
