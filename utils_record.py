@@ -4,11 +4,9 @@ import contextlib
 import fcntl
 import json
 import os
-import sys
 import tempfile
 import uuid
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -85,21 +83,20 @@ class Record:
         write_whole(RECORD, lambda file: file.write(json.dumps(content, indent=2).encode() + b"\n"))
 
 
-def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], object]) -> Record:
+def claim(values: dict, stack: contextlib.ExitStack) -> tuple[Record, Record | None]:
     """The record of the run of constants `values` in the current directory and SAVE_PREFIX, as it stands or new.
 
-    Both are locked until `stack` closes. A run that has learned nothing makes way for one of other constants, once
-    `find_room` has not raised, and a finished one goes on where MAX_STEPS has grown. Raises ConfigError where results
-    would mix with others or MAX_STEPS lies behind the run, Stopped for one that is over, and OSError where none can go.
+    Both are locked until `stack` closes. A finished run goes on where MAX_STEPS has grown. One that has learned nothing
+    makes way for one of other constants: its record comes second, for `discard` once the new one is ready to begin.
+    Raises ConfigError where results would mix with others or MAX_STEPS lies behind the run, Stopped for one that is
+    over, and OSError where none can go.
     """
     _lock(Path("."), stack)
     there, new = _read(), Record(uuid.uuid4().hex, values)
-    if there and (change := changed(there.constants, values)):
-        if not _discard(there, find_room):
-            raise ConfigError(f"the run in this directory has {change}; {_same_again(there, values)}, or {ELSEWHERE}")
-        print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
-        there = None
-    if there:
+    change = there and changed(there.constants, values)
+    if change and _has_results(there):
+        raise ConfigError(f"the run in this directory has {change}; {_same_again(there, values)}, or {ELSEWHERE}")
+    if there and not change:
         there.go_on(values)
     made = not new.models.exists()
     new.models.mkdir(parents=True, exist_ok=True)
@@ -107,12 +104,26 @@ def claim(values: dict, stack: contextlib.ExitStack, find_room: Callable[[], obj
         _lock(new.models, stack)
     if made:
         stack.callback(_remove_empty, new.models)  # while it is still locked, or it could be another run's
+    if change and there.models.is_dir() and not any(there.models.samefile(place) for place in (".", new.models)):
+        _lock(there.models, stack)
     results = saved(new.models) if there else _results(new.models)
-    if results and not (there and there.owns_models):
+    if results and not (there and there.owns_models and there.models.samefile(new.models)):
         raise ConfigError(f"{results[0]} is from another run; {ELSEWHERE}")
     for place in (new.models, "."):
         tempfile.TemporaryFile(dir=place).close()
-    return there or new
+    return (new, there) if change else (there or new, None)
+
+
+def discard(record: Record) -> None:
+    """Remove the run of `record`, which `claim` has found to make way. Raises OSError for what is not the run's.
+
+    The record goes last, so that the next start ends what is cut off here.
+    """
+    for path in _results(record.models if record.owns_models else None):
+        remove(path)
+    if record.owns_models:
+        (record.models / OWNER).unlink()
+    RECORD.unlink()
 
 
 def changed(before: dict, now: dict) -> str:
@@ -192,25 +203,11 @@ def _results(models: Path | None) -> list[Path]:
     return [path for path in (REWARDS, *networks, PICTURE, CURVES, *recordings()) if path.exists()]
 
 
-def _discard(record: Record, find_room: Callable[[], object]) -> bool:
-    """Remove a run without a checkpoint of what it learned or an evaluation of it. False, and all stays, otherwise.
-
-    The record goes last, so that the next start ends what is cut off here. Raises OSError for what is not the run's.
-    """
+def _has_results(record: Record) -> bool:
+    """Whether the run of `record` has a checkpoint of what it learned or an evaluation of it."""
     results, warm = _results(record.models if record.owns_models else None), record.constants["WARM_STEPS"]
     early = [path for path in checkpoints(record.models) if step_of(path) <= warm]
     more = [path for path in results if path.name not in UNTRAINED and path not in early and path.suffix != ".tmp"]
     steps = REWARDS.read_bytes().split()[1::3] if REWARDS in results else []
     learned = (record.checkpoint or 0) > warm or record.finished is not None
-    if more or learned or steps not in ([], [b"0"]):
-        return False
-    find_room()  # what takes its place must not fail for want of it
-    with contextlib.ExitStack() as stack:
-        if record.models.is_dir() and not record.models.samefile("."):
-            _lock(record.models, stack)
-        for path in results:
-            remove(path)
-        if record.owns_models:
-            (record.models / OWNER).unlink()
-        RECORD.unlink()
-    return True
+    return bool(more) or learned or steps not in ([], [b"0"])

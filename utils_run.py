@@ -33,7 +33,7 @@ from utils_files import (
 )
 from utils_machine import check_disk, choose_storage, count_memory, describe_start
 from utils_memory import ReplayMemory
-from utils_record import ELSEWHERE, Record, changed, claim, expand
+from utils_record import ELSEWHERE, Record, changed, claim, discard
 from utils_types import Evaluation, best_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last when the terminal goes, unless under nohup
@@ -46,20 +46,18 @@ def open_run(constants: dict, device: torch.device, memory: type[ReplayMemory]) 
     Raises ConfigError where its results cannot go or would mix with others, and Stopped for a run that has finished,
     or stops inside for a reason that a sentence can tell.
     """
-
-    def find_room() -> tuple[torch.device, str]:
-        """Where the memory goes, and what it and the checkpoints take, in words. Raises ConfigError."""
-        storage, sentence = choose_storage(device, memory, count_memory(constants), constants["NUM_ENVS"])
-        return storage, f"{sentence}\n{check_disk(constants, expand(constants['SAVE_PREFIX']), memory)}"
-
     with contextlib.ExitStack() as stack:
         try:
-            record = claim(constants, stack, find_room)
-            storage, room = find_room()
+            record, replaced = claim(constants, stack)
+            storage, room = choose_storage(device, memory, count_memory(constants), constants["NUM_ENVS"])
+            room += f"\n{check_disk(constants, record.models, memory)}"
         except OSError as error:
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {constants['SAVE_PREFIX']})"
             raise ConfigError(told) from None
-        run = Run(record, constants, device, storage, room)
+        if replaced:
+            change = changed(replaced.constants, constants)
+            print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
+        run = Run(record, replaced, constants, device, storage, room)
         show = threading.excepthook
         stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the log
         threading.excepthook = lambda failed: None if isinstance(failed.exc_value, OSError) else show(failed)
@@ -96,10 +94,18 @@ class Run:
     `step` is for the loop to set after each iteration: that of the state which a checkpoint would hold now.
     """
 
-    def __init__(self, record: Record, constants: dict, device: torch.device, storage: torch.device, room: str):
+    def __init__(
+        self,
+        record: Record,
+        replaced: Record | None,  # the run whose place this one takes
+        constants: dict,
+        device: torch.device,
+        storage: torch.device,
+        room: str,
+    ):
         self.models, self.storage = record.models, storage  # where its models go, and the replay memory
         self.room = room  # that memory and checkpoints take, in words
-        self.constants, self._record, self._device = constants, record, device
+        self.constants, self._record, self._replaced, self._device = constants, record, replaced, device
         self.evaluations: list[Evaluation] = []
         self._began = time.monotonic()  # less what the run had worked for before
         self.step = 0
@@ -110,10 +116,14 @@ class Run:
     def resume(self, agent, memory) -> int:
         """Bring both, and rewards.txt, to the newest good checkpoint; return its step, or 0 if there never was one.
 
-        Raises ConfigError if none is good any more, or the newest cannot be read though it may be good. A signal until
-        one is read ends the run, and nothing is changed.
+        A run whose place this one takes is removed first. Raises ConfigError if no checkpoint is good any more, or the
+        newest cannot be read though it may be good. A signal until one is read, or until the removal, ends the run, and
+        nothing is changed.
         """
         self._agent, self._memory = agent, memory
+        if self._replaced:
+            self._abort = False
+            discard(self._replaced)
         refused, good = {}, None
         for path in reversed(checkpoints(self.models)):
             print(f"reading {path}", file=sys.stderr)

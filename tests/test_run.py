@@ -1006,8 +1006,8 @@ def files() -> dict[Path, bytes]:
 def test_removing_a_run_without_results_may_be_cut_short(monkeypatch, number):
     with monkeypatch.context() as patch:
         at_call(patch, Path, "unlink", number, kill)
-        with pytest.raises(Killed), utils_run.open_run(constants(GAMMA=0.5), CPU, ReplayMemory):
-            pass
+        with pytest.raises(Killed), utils_run.open_run(constants(GAMMA=0.5), CPU, ReplayMemory) as run:
+            run.resume(Part(), Part())
     assert Path("run.json").exists()
     write(20, GAMMA=0.5)
     assert sorted(str(path) for path in files()) == ["models/run.id", "rewards.txt", "run.json"]
@@ -1043,6 +1043,34 @@ def test_a_directory_that_cannot_be_synced_is_no_error_and_one_that_fails_is(mon
     assert file.read_bytes() == b"all of it"
     assert len(os.listdir("/proc/self/fd")) == opened
     assert synced == [(False, False), (True, True)], "the content before its name"
+
+
+@pytest.mark.parametrize("elsewhere", [{}, {"SAVE_PREFIX": "other"}])
+@pytest.mark.usefixtures("begun")
+def test_a_run_that_is_to_make_way_stays_until_the_new_one_begins(elsewhere):
+    before, new = files(), constants(GAMMA=0.5, **elsewhere)
+    told = "stopped while starting, nothing is changed, by SIGTERM"
+    with pytest.raises(utils_config.Stopped, match=told), utils_run.open_run(new, CPU, ReplayMemory):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert files() == before
+    with pytest.raises(Killed), utils_run.open_run(new, CPU, ReplayMemory):
+        raise Killed
+    assert files() == before
+    with contextlib.suppress(Killed), utils_run.open_run(new, CPU, ReplayMemory) as run:
+        assert run.resume(Part(), Part()) == 0
+        raise Killed
+    models = elsewhere.get("SAVE_PREFIX", "models")
+    assert sorted(map(str, files())) == sorted([f"{models}/run.id", "run.json"])
+
+
+@pytest.mark.usefixtures("begun")
+def test_a_run_makes_no_way_for_one_whose_models_would_lie_among_anothers():
+    Path("other").mkdir()
+    Path("other/model_000").touch()
+    before = files()
+    with pytest.raises(utils_config.ConfigError, match="other/model_000 is from another run"):
+        write(20, SAVE_PREFIX="other")
+    assert files() == before
 
 
 @pytest.mark.parametrize("more", ["models/model_001", "models/checkpoint_0000000200", "eval_001.gif", "rewards.txt"])
@@ -1085,7 +1113,7 @@ def test_models_of_another_run_in_a_shared_place_are_neither_overwritten_nor_rem
 @pytest.mark.usefixtures("begun")
 def test_nothing_that_a_run_did_not_write_is_removed_with_it():
     Path("curves/mine").touch()
-    with pytest.raises(utils_config.ConfigError, match="cannot write to curves: Directory not empty"):
+    with pytest.raises(utils_config.Stopped, match="cannot write curves: Directory not empty"):
         write(20, GAMMA=0.5)
     Path("curves/mine").unlink()  # fails if it is not there
     write(20, GAMMA=0.5)
