@@ -91,6 +91,7 @@ class AtariEnv:
             raise ValueError(f"a game's limit must be at least {LEAST_FRAMES} frames, not {max_frames}")
         self.game, self.num_envs, self.device = normalize_game(game), num_envs, torch.device(device)
         self.stack_size, self.frame_skip, self.num_threads = stack_size, frame_skip, num_threads
+        self._terminal_on_life_loss = terminal_on_life_loss
         self.rules = {
             "game": self.game,
             "stack_size": stack_size,
@@ -103,7 +104,7 @@ class AtariEnv:
             num_envs,
             max_frames,
             num_threads=min(num_threads, num_envs),
-            # Where a lost life is terminal; episodic_life would restart the game and hide the later lives' states.
+            # episodic_life would restart the game at a lost life and hide the later lives' states.
             life_loss_info=terminal_on_life_loss,
         )
         self._meanings = [action.name for action in self._emulators.ale.get_action_set()]
@@ -183,6 +184,8 @@ class AtariEnv:
         self._clock = info["episode_frame_number"]
         self._lost = ~restarted & (self._terminals | (info["lives"] < self._lives_left))
         self._lives_left = info["lives"]
+        if self._terminal_on_life_loss:  # the vectoriser tells of no life after which none is left but the game goes on
+            self._terminals = self._terminals | self._lost
         self._ages = np.where(restarted, 0, np.minimum(self._ages + 1, max(self.stack_size - 1, 1)))
         clipped = np.clip(rewards, -1, 1)
         self._note(rewards, clipped, restarted)

@@ -310,6 +310,26 @@ def test_a_lost_life_is_terminal_but_the_game_and_its_stack_go_on():
     assert env.finished_games == []
 
 
+@pytest.mark.parametrize("game", ["bank_heist", "frogger"])
+@pytest.mark.parametrize("terminal_on_life_loss", [True, False])
+def test_a_lost_life_is_terminal_where_the_last_is_played_with_none_left_too(game, terminal_on_life_loss, starts):
+    env = AtariEnv(game, 1, terminal_on_life_loss=terminal_on_life_loss)
+    env.reset(1)
+    plain, lives = PlainGame(game, starts[0][1][0]), []
+    for action in random_actions(env.get_action_dim(), 5000):
+        plain.step(action)
+        _, row = env.step(np.array([action]))
+        assert row.terminals.tolist() == [plain.over or (plain.lost_life and terminal_on_life_loss)]
+        if plain.lost_life and not plain.over:
+            lives.append(plain.ale.lives())
+        if plain.over:
+            break
+    assert plain.over
+    assert lives[-1] == 0
+    assert env.step(np.array([NOOP]))[1].ages.tolist() == [0]
+    assert len(env.finished_lives) == len(lives) + 1
+
+
 def test_fire_is_pressed_after_a_reset_and_after_each_lost_life_so_every_ball_is_served():
     env = AtariEnv("breakout", 1)
     env.reset(3)
