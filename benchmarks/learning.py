@@ -38,6 +38,7 @@ from utils_files import model_name
 ROOT = Path(main.__file__).parent
 STRICT_GAMES = 30
 STRICT_EPS = (0.05, 0.01)  # the paper's, which counts, and one nearer to what others publish
+MODELS = "./models"  # in the directory of a run, whatever main.py says
 LOOK = 1.0  # seconds between looks at the runs
 OWN = ("GAME", "SEED", "MAX_STEPS", "EVALUATE_FREQ", "SAVE_PREFIX")  # constants that are this script's to set
 
@@ -126,6 +127,7 @@ def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
         for game in games:
             for recipe in recipes:
                 own = {"GAME": game, "SEED": seed, "MAX_STEPS": asked.steps, "EVALUATE_FREQ": asked.every}
+                own["SAVE_PREFIX"] = MODELS
                 runs.append(open_run(asked.out, recipe, [*flags(RECIPES[recipe]), *constants, *flags(own)]))
     return runs
 
@@ -228,7 +230,7 @@ def look(run: Run) -> None:
     """Note new evaluations and the time. A kill of this script costs the clock no more than one look."""
     record = run.record
     for number, step, score in rewards(run.directory):
-        model = run.directory / "models" / model_name(number)
+        model = run.directory / MODELS / model_name(number)
         if str(number) not in record["reached"] and model.exists():
             seconds = record["before"] + model.stat().st_mtime - record["started"]
             record["reached"][str(number)] = round(seconds, 1)
@@ -248,7 +250,7 @@ def evaluate(run: Run, steps: int) -> None:
         return
     device = utils_machine.choose_device(constants["DEVICE"])
     dtype = utils_machine.prepare(device, constants["PRECISION"], constants["THREADS"])
-    model = run.directory / "models" / model_name(number)
+    model = run.directory / MODELS / model_name(number)
     options = {"graphs": constants["CUDA_GRAPHS"]}
     agent, about = Agent.from_model(model, device, dtype=dtype, **options)
     options["num_threads"] = utils_machine.choose_emulator_threads(device)
@@ -261,5 +263,7 @@ def evaluate(run: Run, steps: int) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the runs as Ctrl-C does
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup lets a lost terminal be
+            signal.signal(number, signal.default_int_handler)  # stops the runs as Ctrl-C does
     sys.exit(bench())

@@ -145,6 +145,7 @@ def loop(prioritized: bool, **others) -> float:
         "EVAL_EPISODES": 1,
         "EVAL_EPS": 1.0,
         "EPS_START": main.EPS_END,
+        "SAVE_PREFIX": "./models",  # in the directory that is removed
         "Log": Stopwatch,
         **others,
     }
@@ -325,11 +326,10 @@ def report(rates: dict, memories: dict, device: torch.device, path: str | None) 
 
 def machine(device: torch.device) -> dict[str, str | int | float]:
     """What the figures were taken on."""
-    threads = utils_machine.choose_emulator_threads(device) or utils_machine.count_cores()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # there bytes
     about = {
         **utils_machine.describe_start(device, vars(main)),
-        "emulator_threads": min(threads, main.NUM_ENVS),
+        "emulator_threads": min(utils_machine.choose_emulator_threads(device), main.NUM_ENVS),
         "games": main.NUM_ENVS,
         "peak_ram_gb": round(peak / 1e9, 2),
     }

@@ -89,7 +89,7 @@ def test_the_throughput_benchmark_prints_its_table_and_writes_every_figure(throu
 
 
 def test_the_throughput_benchmark_measures_only_what_it_is_asked_for_and_restores_the_constants(
-    benchmark, throughput, monkeypatch, capsys
+    benchmark, throughput, monkeypatch, tmp_path, capsys
 ):
     module, unchanged = benchmark("throughput"), []
     loop = module.loop
@@ -101,8 +101,10 @@ def test_the_throughput_benchmark_measures_only_what_it_is_asked_for_and_restore
         return rate
 
     monkeypatch.setattr(module, "loop", watched)
+    monkeypatch.setattr(main, "SAVE_PREFIX", str(tmp_path / "mine"))
     throughput("--json=figures.json", "--only", "loop_uniform", "loop_prioritized")
     assert unchanged == [True, True]
+    assert not (tmp_path / "mine").exists()
     figures, table = json.loads(Path("figures.json").read_text()), capsys.readouterr().out
     assert {name for name, value in figures.items() if "steps_per_s" in value} == {"loop_uniform", "loop_prioritized"}
     assert list(figures["ratios"]) == ["prioritized / uniform, loop"]
@@ -298,6 +300,7 @@ def test_jobs_work_side_by_side_with_one_thread_each_and_what_is_asked_for_twice
 Path(f"../../here{seed}").touch(exist_ok=False)
 while not all(Path(f"../../here{other}").exists() for other in (1, 2)): time.sleep(0.01)
 assert "--THREADS=1" in sys.argv
+assert "--SAVE_PREFIX=./models" in sys.argv  # where this script looks, whatever main.py says
 rows(0, 1, 2)
 """
     stand_in(learning, monkeypatch, tmp_path, code)
@@ -305,7 +308,7 @@ rows(0, 1, 2)
     assert bench(*twice, "--jobs=2", "--steps=200", "--every=100") == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_reaches_the_run_once_and_waits_for_it(tmp_path, number):
     (tmp_path / "main.py").write_text("""
 import signal, time

@@ -688,7 +688,7 @@ def test_free_memory_is_what_the_machine_and_every_control_group_above_leave(mon
     assert utils_machine.free_bytes(torch.device("cpu"), tmp_path) == 900 * 1024
 
 
-@pytest.mark.parametrize(("device", "cores", "threads"), [("cuda", 16, 15), ("cuda", 4, 0), ("cpu", 16, 0)])
+@pytest.mark.parametrize(("device", "cores", "threads"), [("cuda", 16, 15), ("cuda", 4, 4), ("cpu", 16, 16)])
 def test_many_cores_leave_one_to_the_thread_that_feeds_a_gpu(monkeypatch, device, cores, threads):
     monkeypatch.setattr(utils_machine, "count_cores", lambda: cores)
     assert utils_machine.choose_emulator_threads(torch.device(device)) == threads
@@ -725,6 +725,13 @@ def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp
     (tmp_path / "eval_003").mkdir()
     with pytest.raises(utils_config.ConfigError, match="eval_003 is from another run"):
         main.main()
+
+
+def test_the_smallest_memory_that_is_accepted_survives_the_restarts_at_checkpoints(tiny_run):
+    small = {"NUM_ENVS": 2, "N_STEP": 3, "WARM_STEPS": 8, "PRIORITIZED": True, "POLICY_UPDATE": 1, "EVALUATE_FREQ": 400}
+    with pytest.raises(utils_config.ConfigError, match=r"MEM_SIZE \(15\) is too small .* it must be at least 16"):
+        tiny_run(**small, MEM_SIZE=15)
+    assert tiny_run(**small, MEM_SIZE=16, CHECKPOINT_FREQ=50).models == ["model_000", "model_001"]
 
 
 @pytest.mark.parametrize(("frames", "enough"), [(18_000, 4_500), (2_000, 500), (108_000, 27_000), (10**6, 27_000)])
