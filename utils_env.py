@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from ale_py import roms
+from ale_py import ALEInterface, LoggerMode, roms
 from ale_py.vector_env import AtariVectorEnv
 from PIL import Image
 from torch import Tensor
@@ -17,7 +17,6 @@ from utils_graph import Graphs
 from utils_types import FRAME_SHAPE, Episode, Transition
 
 TWO_PLAYERS_ONLY = ("combat", "joust", "maze_craze", "warlords")  # the vectoriser ends the process over these
-SCREEN = (210, 160)  # rows and columns of a true-colour frame
 EPISODE_FRAMES = 108_000  # a training game's limit, half an hour
 EVAL_FRAMES = 18_000  # an evaluation game's limit, five minutes
 PIXELS = FRAME_SHAPE[0] * FRAME_SHAPE[1]
@@ -289,7 +288,10 @@ class AtariEnv:
         return self._evaluations[episodes, max_frames]
 
     def get_frame(self) -> np.ndarray | None:
-        """The next true-colour frame [210, 160, 3] uint8 of the recorded game, one per step; None after the last."""
+        """The next true-colour frame [H, W, 3] uint8 of the recorded game, one per step; None after the last.
+
+        It is what the console draws: 160 columns, and 210 rows in most games, up to 250 in some.
+        """
         frame, _ = next(self._replay, (None, 0.0))
         return frame
 
@@ -316,7 +318,7 @@ class AtariEnv:
 
 def widen(screen: Image.Image) -> Image.Image:
     """The screen with square pixels, as a television shows it: twice as wide."""
-    return screen.resize((2 * SCREEN[1], SCREEN[0]), Image.Resampling.NEAREST)
+    return screen.resize((2 * screen.width, screen.height), Image.Resampling.NEAREST)
 
 
 def save_animation(file: pathlib.Path | BinaryIO, images: Iterable[Image.Image], frame_skip: int) -> None:
@@ -352,10 +354,18 @@ def _make_emulators(rules: dict, num_envs: int, max_frames: int, **options) -> A
     )
 
 
+def _screen_size(game: str) -> tuple[int, int]:
+    """Rows and columns of the screen of the ROM `game`."""
+    ALEInterface.setLoggerMode(LoggerMode.Error)
+    console = ALEInterface()
+    console.loadROM(roms.get_rom_path(game))
+    return console.getScreenDims()
+
+
 def _replay(rules: dict, max_frames: int, seed: int, actions: list[int]) -> Iterator[tuple[np.ndarray, float]]:
     """The game that `seed` starts and `actions` play, in true colour, with its score: an emulator is deterministic."""
-    height, width = SCREEN
-    colours = {"grayscale": False, "img_height": height, "img_width": width}
+    height, width = _screen_size(rules["game"])
+    colours = {"grayscale": False, "img_height": height, "img_width": width}  # any other size would mix colours
     screen = _make_emulators(rules, 1, max_frames, num_threads=1, **colours)
     frames, _ = screen.reset(seed=int(seed))
     score = 0.0

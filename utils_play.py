@@ -13,11 +13,11 @@ from torch import Tensor
 
 from utils_config import ConfigError, Stopped, out_of_memory
 from utils_drl import Agent
-from utils_env import FRAMES_PER_SECOND, SCREEN, AtariEnv, save_animation
+from utils_env import FRAMES_PER_SECOND, AtariEnv, save_animation
 from utils_files import models_in, write_whole
 
 MOVIE = Path("play.gif")
-WIDTH, HEIGHT, PANEL, MARGIN = 4 * SCREEN[1], 2 * SCREEN[0], 300, 16  # pixels of the screen in it, and beside that
+WIDTH, HEIGHT, PANEL, MARGIN = 640, 420, 300, 16  # pixels of the screen in it, and beside that
 TRACE = 134  # steps of the curve in it
 BACK, TEXT, FAINT, BAR = (16, 16, 24), (255, 255, 255), (144, 144, 160), (72, 80, 112)  # colours
 CHOSEN, POINTS = (240, 112, 32), (255, 208, 64)  # of the action, and of the score and of what added to it

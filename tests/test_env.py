@@ -685,13 +685,22 @@ def test_recorded_frames_are_the_true_colours_of_the_first_game_from_start_to_en
         assert np.array_equal(frame, other)
 
 
-@pytest.mark.parametrize("options", [{}, {"repeat_action_probability": 0.5, "full_action_space": True}])
-def test_a_recorded_game_shows_what_the_agent_saw(options):
-    env = AtariEnv("breakout", 1, **options)
+@pytest.mark.parametrize(
+    ("game", "rows", "options"),
+    [
+        ("breakout", 210, {}),
+        ("breakout", 210, {"repeat_action_probability": 0.5, "full_action_space": True}),
+        ("klax", 250, {}),
+    ],
+)
+def test_a_recorded_game_shows_what_the_agent_saw(game, rows, options):
+    env = AtariEnv(game, 1, **options)
     agent = ScriptedAgent([RIGHT, LEFT, LEFT, NOOP, RIGHT] * 100)
     env.evaluate(agent, 2, 0.05, seed=6, max_frames=320, record=True)
     frames = recorded(env)
     assert len(frames) == 81
+    assert frames[0].shape == (rows, 160, 3)
+    assert len(np.unique(np.concatenate(frames).reshape(-1, 3), axis=0)) < 20  # none between those of the console
     for frame, states in zip(frames[:80], agent.states[:80], strict=True):
         gray = frame @ np.array([0.299, 0.587, 0.114])
         assert abs(area_average(gray) - states[0, -1].numpy()).max() < 2
