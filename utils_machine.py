@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,10 +24,12 @@ DEVICES = ("cuda", "mps", "cpu")
 MANY_CORES = 8  # of which the emulators can spare one
 HEADROOM = 1 << 30  # bytes left free beside the replay memory, for networks, emulators and whatever else runs
 PACKAGES = ("torch", "numpy", "gymnasium", "ale-py")  # that decide what a run does
-CONTROL_GROUPS = {  # version 2 and 1: their root, the files of limit and usage, and what of that is reclaimable cache
-    "": ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
-    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+# In control groups, by their version: the files of limit and usage, and what of that is reclaimable cache, ...
+MEMORY_FILES = {
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    2: ("memory.max", "memory.current", "inactive_file"),
 }
+QUOTA_FILES = {1: ("cpu.cfs_quota_us", "cpu.cfs_period_us"), 2: ("cpu.max",)}  # ... and those of quota and period
 
 
 def choose_device(name: str) -> torch.device:
@@ -66,6 +69,8 @@ def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
     # them a run took twice as long.
     if threads or device.type == "cuda":
         torch.set_num_threads(threads or 1)
+    elif count_cores() < torch.get_num_threads():  # which knows of no quota; more threads would wait for each other
+        torch.set_num_threads(count_cores())
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # streams and graphs are made on the current one, and it is asked for bfloat16
     dtype = choose_dtype(precision, device)
@@ -177,21 +182,28 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
     if limit != resource.RLIM_INFINITY:
         used = int((root / "proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         free = min(free, limit - used)
+    for place, version in _control_groups("memory", root):
+        limit, usage, cache = MEMORY_FILES[version]
+        with contextlib.suppress(OSError, KeyError, ValueError):  # no such group, or no limit ("max")
+            used = int((place / usage).read_text()) - int(_fields(place / "memory.stat")[cache])
+            free = min(free, int((place / limit).read_text()) - used)
+    return free
+
+
+def _control_groups(controller: str, root: Path) -> Iterator[tuple[Path, int]]:
+    """The directories, perhaps, of the groups that limit what this process gets of what the `controller` controls.
+
+    With each comes the version. A batch system limits its jobs far below the root, and any group may be limited. In a
+    container there is but the root, whatever the path.
+    """
     groups = root / "proc/self/cgroup"
     for line in groups.read_text().splitlines() if groups.exists() else ():
         _, controllers, path = line.split(":", 2)
-        controller = "memory" if "memory" in controllers.split(",") else controllers
-        if controller not in CONTROL_GROUPS:
+        if controllers and controller not in controllers.split(","):
             continue
-        top, limit, usage, cache = CONTROL_GROUPS[controller]
-        # A batch system limits its jobs far below the root, and any group may be limited. In a container there is but
-        # the root, whatever the path.
+        top, version = (root / "sys/fs/cgroup" / controller, 1) if controllers else (root / "sys/fs/cgroup", 2)
         steps = Path(path).relative_to("/").parts
-        for place in (root.joinpath(top, *steps[:depth]) for depth in range(len(steps) + 1)):
-            with contextlib.suppress(OSError, KeyError, ValueError):  # no such group, or no limit ("max")
-                used = int((place / usage).read_text()) - int(_fields(place / "memory.stat")[cache])
-                free = min(free, int((place / limit).read_text()) - used)
-    return free
+        yield from ((top.joinpath(*steps[:depth]), version) for depth in range(len(steps) + 1))
 
 
 def _fields(path: Path) -> dict[str, str]:
@@ -214,9 +226,14 @@ def describe_start(device: torch.device, constants: dict) -> dict:
     }
 
 
-def count_cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def count_cores(root: Path = Path("/")) -> int:
+    """The cores that this process may use: no more than its quota of time, which containers have, is worth."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for place, version in _control_groups("cpu", root):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or no quota ("max")
+            quota, period = map(int, " ".join((place / name).read_text() for name in QUOTA_FILES[version]).split())
+            cores = min(cores, max(quota // period, 1)) if quota > 0 else cores
+    return cores
 
 
 def describe_device(device: torch.device, precision: str) -> dict[str, str]:

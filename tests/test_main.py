@@ -688,14 +688,47 @@ def test_free_memory_is_what_the_machine_and_every_control_group_above_leave(mon
     assert utils_machine.free_bytes(torch.device("cpu"), tmp_path) == 900 * 1024
 
 
+@pytest.mark.parametrize(
+    ("group", "files", "cores"),
+    [
+        ("0::/", {}, 8),
+        ("0::/", {"cpu.max": "max 100000"}, 8),
+        ("0::/", {"cpu.max": "350000 100000"}, 3),
+        ("0::/", {"cpu.max": "1600000 100000"}, 8),
+        ("0::/job/step", {"cpu.max": "max 100000", "job/cpu.max": "50000 100000", "job/step/cpu.max": "max 9"}, 1),
+        ("0::/elsewhere", {"cpu.max": "20000 10000"}, 2),
+        ("2:cpu,cpuacct:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ("2:cpu,cpuacct:/job", {"cpu/job/cpu.cfs_quota_us": "400000", "cpu/job/cpu.cfs_period_us": "100000"}, 4),
+        ("2:cpuacct:/\n3:cpuset:/", {"cpu.max": "100000 100000"}, 8),
+        (None, {}, 8),
+    ],
+)
+def test_a_quota_counts_as_so_many_cores_whichever_control_group_above_has_it(
+    monkeypatch, tmp_path, group, files, cores
+):
+    monkeypatch.setattr(utils_machine.os, "sched_getaffinity", lambda _: range(8), raising=False)
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    if group:
+        (tmp_path / "proc" / "self" / "cgroup").write_text(f"9:name=systemd:/\n{group}\n")
+    for name, content in files.items():
+        path = tmp_path / "sys" / "fs" / "cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\n")
+    assert utils_machine.count_cores(tmp_path) == cores
+
+
 @pytest.mark.parametrize(("device", "cores", "threads"), [("cuda", 16, 15), ("cuda", 4, 4), ("cpu", 16, 16)])
 def test_many_cores_leave_one_to_the_thread_that_feeds_a_gpu(monkeypatch, device, cores, threads):
     monkeypatch.setattr(utils_machine, "count_cores", lambda: cores)
     assert utils_machine.choose_emulator_threads(torch.device(device)) == threads
 
 
-@pytest.mark.parametrize(("device", "threads", "used"), [("cuda", 0, 1), ("cuda", 3, 3), ("cpu", 0, 2), ("cpu", 3, 3)])
-def test_beside_a_gpu_the_learner_leaves_the_cores_to_the_emulators(monkeypatch, device, threads, used):
+@pytest.mark.parametrize(
+    ("device", "threads", "cores", "used"),
+    [("cuda", 0, 2, 1), ("cuda", 3, 2, 3), ("cpu", 0, 2, 2), ("cpu", 0, 1, 1), ("cpu", 0, 9, 2), ("cpu", 3, 2, 3)],
+)
+def test_beside_a_gpu_the_learner_leaves_the_cores_to_the_emulators(monkeypatch, device, threads, cores, used):
+    monkeypatch.setattr(utils_machine, "count_cores", lambda: cores)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # undone after the test
     monkeypatch.setattr(utils_machine, "keep_freed_memory", lambda: None)
     before = torch.get_num_threads()
