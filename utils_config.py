@@ -263,8 +263,8 @@ def _check(c: argparse.Namespace) -> None:
         f"WARM_STEPS ({c.WARM_STEPS}) must be below MEM_SIZE ({c.MEM_SIZE}), or learning never starts",
     )
     need(c.BATCH_SIZE <= c.WARM_STEPS, f"BATCH_SIZE ({c.BATCH_SIZE}) must not be above WARM_STEPS ({c.WARM_STEPS})")
-    # With priorities a row more: of the one that is left to draw from, a restart of the games may leave nothing.
-    least = (c.STACK_SIZE + c.N_STEP + c.PRIORITIZED) * c.NUM_ENVS
+    # With priorities two rows more: a restart right after a game's end leaves nothing to draw in two on end.
+    least = (c.STACK_SIZE + c.N_STEP + 2 * c.PRIORITIZED) * c.NUM_ENVS
     need(
         least <= c.MEM_SIZE,
         f"MEM_SIZE ({c.MEM_SIZE}) is too small for NUM_ENVS ({c.NUM_ENVS}): it must be at least {least}",

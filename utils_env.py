@@ -23,6 +23,7 @@ PIXELS = FRAME_SHAPE[0] * FRAME_SHAPE[1]
 COLUMNS = 4  # float32 numbers that travel beside a game's frame: action, reward, terminal, age
 LEAST_FRAMES = 40  # of any limit: a game's clock starts after up to 30 no-ops, and must be seen to fall at its restart
 FRAMES_PER_SECOND = 60
+LUMA = np.array([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601)
 
 
 def normalize_game(name: str) -> str:
@@ -290,7 +291,8 @@ class AtariEnv:
     def get_frame(self) -> np.ndarray | None:
         """The next true-colour frame [H, W, 3] uint8 of the recorded game, one per step; None after the last.
 
-        It is what the console draws: 160 columns, and 210 rows in most games, up to 250 in some.
+        It is what the console draws, of the last two frames of a step the brighter pixels: 160 columns, and 210 rows in
+        most games, up to 250 in some.
         """
         frame, _ = next(self._replay, (None, 0.0))
         return frame
@@ -365,12 +367,19 @@ def _screen_size(game: str) -> tuple[int, int]:
 def _replay(rules: dict, max_frames: int, seed: int, actions: list[int]) -> Iterator[tuple[np.ndarray, float]]:
     """The game that `seed` starts and `actions` play, in true colour, with its score: an emulator is deterministic."""
     height, width = _screen_size(rules["game"])
-    colours = {"grayscale": False, "img_height": height, "img_width": width}  # any other size would mix colours
-    screen = _make_emulators(rules, 1, max_frames, num_threads=1, **colours)
+    # Any other size would mix colours, and so would the vectoriser's maximum of two frames, which is one per channel.
+    colours = {"grayscale": False, "img_height": height, "img_width": width, "maxpool": False}
+    screen = _make_emulators(rules | {"frame_skip": 1}, 1, max_frames, num_threads=1, **colours)
     frames, _ = screen.reset(seed=int(seed))
     score = 0.0
     yield frames[0, 0], score
     for action in actions:
-        frames, rewards, *_ = screen.step(np.array([action]))
-        score += float(rewards[0])
-        yield frames[0, 0], score
+        last = []
+        for _ in range(rules["frame_skip"]):
+            frames, rewards, terminated, truncated, _ = screen.step(np.array([action]))
+            score += float(rewards[0])
+            last = [*last[-1:], frames[0, 0]]
+            if terminated[0] or truncated[0]:
+                break
+        brightness = [frame @ LUMA for frame in last]  # the brighter pixels, against flicker, as the agent sees them
+        yield np.where((brightness[0] > brightness[-1])[..., None], last[0], last[-1]), score

@@ -49,7 +49,7 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
         f"on {machine['device']}, {machine['precision']}",
         room,
         f"results: {REWARDS}, {PICTURE}, {constants['SAVE_PREFIX']}/",
-        f"curves: tensorboard --logdir={CURVES}",
+        f"curves: tensorboard --logdir={CURVES} --load_fast=false",
         f"Ctrl-C stops the run at any time, and the same command goes on: {command_line()}",
     ]
     period = constants["CHECKPOINT_FREQ"] // games
@@ -64,7 +64,8 @@ def introduction(constants: dict, device: torch.device, room: str) -> str:
         lines.append(f"nothing will be learned: {told}")
     with contextlib.suppress(OSError):  # where no one counts
         load = os.getloadavg()[0]
-        if device.type == "cpu" and torch.get_num_threads() > 1 and load >= utils_machine.count_cores() / 2:
+        # The load is that of the whole machine, however little of it this process may use.
+        if device.type == "cpu" and torch.get_num_threads() > 1 and load >= os.cpu_count() / 2:
             told = f"the processor was busy in the last minute (load {load:.1f})"
             lines.append(f"{told}: beside other programs --THREADS=1 is several times as fast")
     return "\n".join([*lines, "making the games, the networks and the memory"])
@@ -199,7 +200,7 @@ class Log:
         self._take_in()
         last, best = self._run.evaluations[-1], self._best
         games, low, high = count(len(last.scores), "game"), min(last.scores), max(last.scores)
-        told = f"step {last.step:,}: mean score {last.mean:.1f} of {games}, {low:g} to {high:g}"
+        told = f"step {last.step:,}: mean score {last.mean:.1f} of {games}, {low:,.10g} to {high:,.10g}"
         tqdm.write(f"{told}; best mean {best.mean:.1f} at step {best.step:,}", file=sys.stderr)
         means = {"evaluation/mean": last.mean, "evaluation/least": low, "evaluation/most": high}
         self._curves.add(means, last.step)

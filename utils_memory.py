@@ -162,7 +162,7 @@ class ReplayMemory:
         steps = indices[:, None] + self._ahead  # [B, n_step]
         rewards, terminals = self._at(self._rewards, steps), self._at(self._terminals, steps)
         # Step m is taken unless the life or game ended before it. A step to age 0 is one that a finished game ignored:
-        # without a terminal before it that game was truncated, and the window ends early at its true last frame.
+        # without a terminal before it that game was truncated, and the window ends early at its last picture.
         goes_on = self._is_transition(steps[:, 1:]) & ~terminals[:, :-1]
         taken = torch.cat([torch.ones_like(terminals[:, :1]), goes_on], dim=1).cumprod(1)
         length = taken.sum(1)

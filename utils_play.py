@@ -63,7 +63,7 @@ def play(path: str, device: torch.device, dtype: torch.dtype, epsilon: float, ma
     print(f"{path}: playing a game of {env.game}", file=sys.stderr)
     watched = Watched(agent)
     (score,) = env.evaluate(watched, 1, epsilon, seed, max_frames=max_frames, record=True)
-    print(f"score {score:g}, writing {len(watched.values)} pictures", file=sys.stderr)
+    print(f"score {score:,.10g}, writing {len(watched.values)} pictures", file=sys.stderr)
     before = signal.getsignal(signal.SIGINT)
     try:
         if before == signal.SIG_DFL:
@@ -98,7 +98,7 @@ def pictures(env: AtariEnv, watched: Watched, title: str) -> Iterator[Image.Imag
         picture.paste(Image.fromarray(frame).resize((WIDTH, HEIGHT), Image.Resampling.NEAREST))
         pen = ImageDraw.Draw(picture)
         pen.text((left, 40), env.game, TEXT, large, anchor="ls")
-        pen.text((right, 40), f"{score:g}", POINTS, huge, anchor="rs")
+        pen.text((right, 40), f"{score:,.10g}", POINTS, huge, anchor="rs")
         pen.text((left, 64), title, FAINT, small, anchor="ls")
         pen.text((left, 84), caption, FAINT, small, anchor="ls")
         shown = range(max(step - TRACE, 0), step + 1)

@@ -21,7 +21,7 @@ done
 
 cd "$out/breakout" || exit
 start=$SECONDS
-python "$root/main.py" --MAX_STEPS=1_000_000 --EVALUATE_FREQ=500_000 2>&1 | tee log.txt || status=${status/#0/$?}
+python "$root/main.py" --SAVE_PREFIX=./models --MAX_STEPS=1_000_000 --EVALUATE_FREQ=500_000 2>&1 | tee log.txt || status=${status/#0/$?}
 echo "a million steps of Breakout took $((SECONDS - start)) s, evaluations included" | tee seconds.txt
 cat rewards.txt
 rm -f models/checkpoint_*  # the loops below want its room for theirs

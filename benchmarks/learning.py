@@ -34,6 +34,7 @@ import utils_machine
 from utils_drl import Agent
 from utils_env import AtariEnv, normalize_game
 from utils_files import model_name
+from utils_record import FREE
 
 ROOT = Path(main.__file__).parent
 STRICT_GAMES = 30
@@ -121,6 +122,7 @@ def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
         raise ValueError("--until: one score per game, please")
     if asked.jobs > 1:
         constants = ["--THREADS=1", *constants]
+    labels = {recipe: label(recipe, constants) for recipe in asked.recipes}
     runs = []
     seeds, games, recipes = map(dict.fromkeys, (asked.seeds, map(normalize_game, asked.games), asked.recipes))  # once
     for seed in seeds:  # outermost: every question gets its first answer before any gets its second
@@ -128,8 +130,19 @@ def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
             for recipe in recipes:
                 own = {"GAME": game, "SEED": seed, "MAX_STEPS": asked.steps, "EVALUATE_FREQ": asked.every}
                 own["SAVE_PREFIX"] = MODELS
-                runs.append(open_run(asked.out, recipe, [*flags(RECIPES[recipe]), *constants, *flags(own)]))
+                arguments = [*flags(RECIPES[recipe]), *constants, *flags(own)]
+                runs.append(open_run(asked.out / f"{recipe}-{game}-{seed}", labels[recipe], arguments))
     return runs
+
+
+def label(recipe: str, constants: list[str]) -> str:
+    """What a run of `recipe` with these `constants` besides is called in tables, or it would take the place of another.
+
+    Those of them that change what is learned belong to its name.
+    """
+    plain, changed = resolve(flags(RECIPES[recipe])), resolve([*flags(RECIPES[recipe]), *constants])
+    others = (name for name in plain if name not in FREE and changed[name] != plain[name])
+    return " ".join([recipe, *(f"{name}={changed[name]}" for name in others)])
 
 
 def flags(constants: dict) -> list[str]:
@@ -144,13 +157,13 @@ def resolve(arguments: list[str]) -> dict:
     return utils_config.check(module)
 
 
-def open_run(out: Path, recipe: str, arguments: list[str]) -> Run:
+def open_run(directory: Path, recipe: str, arguments: list[str]) -> Run:
     """The run of `arguments`, as it stands or new. Raises ValueError, with a sentence, if another is in its place.
 
-    Only THREADS and MAX_STEPS may be others than before, and the record tells those of the last start.
+    `recipe` is what tables call it. Only THREADS and MAX_STEPS may be others than before, and the record tells those of
+    the last start.
     """
     constants = resolve(arguments)
-    directory = out / f"{recipe}-{constants['GAME']}-{constants['SEED']}"
     if (directory / "learning.json").exists():
         record = json.loads((directory / "learning.json").read_text())
         for name, value in record["constants"].items():

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it warns of every restart
 MAIN = Path(__file__).resolve().parent.parent / "main.py"
 SMALL = {
+    "SAVE_PREFIX": "./models",
     "PRIORITIZED": False,
     "MAX_STEPS": 20_000,
     "NUM_ENVS": 8,

@@ -205,14 +205,16 @@ def test_real_runs_become_curves_strict_scores_a_table_and_rows_of_the_summary_a
     bench, learning, monkeypatch, tmp_path, capsys
 ):
     command = ["--recipes", "shipped", "double", "--steps=400", "--every=200", "--at=200", "--until=breakout=-1"]
-    old = ['other,pong,400,1,1,1,1,1,"a, b"', "shipped,breakout,400,9,9,9,9,9,x", ""]
+    name = learning.label("shipped", TINY)
+    old = ['other,pong,400,1,1,1,1,1,"a, b"', f"{name},breakout,400,9,9,9,9,9,x", ""]
     header = "recipe,game,steps,seeds,mean,low,high,minutes,hardware"
     (tmp_path / "summary.csv").write_text("\n".join([header, *old]))
     assert bench(*command, *TINY) == 0
     runs = [tmp_path / "runs" / name for name in ("double-breakout-0", "shipped-breakout-0")]
+    names = [learning.label(recipe, TINY) for recipe in ("double", "shipped")]
     curve = rows(tmp_path / "runs" / "curves.csv")
-    for run in runs:
-        mine = [row for row in curve if row["recipe"] == run.name.split("-")[0]]
+    for run, name in zip(runs, names, strict=True):
+        mine = [row for row in curve if row["recipe"] == name]
         said = [line.split() for line in (run / "rewards.txt").read_text().splitlines()]
         assert [[row["number"], row["step"], row["score"]] for row in mine] == said
         minutes = [float(row["minutes"]) for row in mine]
@@ -223,7 +225,7 @@ def test_real_runs_become_curves_strict_scores_a_table_and_rows_of_the_summary_a
 
     summary = rows(tmp_path / "summary.csv")
     keys = [(row["recipe"], row["game"], row["steps"]) for row in summary]
-    assert keys == [(name, "breakout", steps) for steps in ("200", "400") for name in ("double", "shipped")] + [
+    assert keys == [(name, "breakout", steps) for steps in ("200", "400") for name in names] + [
         ("other", "pong", "400")
     ]
     assert summary[4]["hardware"] == "a, b"
@@ -241,6 +243,13 @@ def test_real_runs_become_curves_strict_scores_a_table_and_rows_of_the_summary_a
         path: time for path, time in before.items() if path.name != "learning.json"
     }
     assert rows(tmp_path / "summary.csv") == summary
+
+
+def test_tables_name_a_run_by_the_constants_too_that_change_what_it_learns(bench, learning, monkeypatch, tmp_path):
+    stand_in(learning, monkeypatch, tmp_path, "rows(0, 1, 2)")
+    more = ["--N_STEP=2", "--target-update=10_000", "--THREADS=1", "--EVAL_EPS=0.05"]
+    assert bench("--recipes", "double", "--steps=200", "--every=100", *more) == 0
+    assert record(tmp_path, "double-breakout-0")["recipe"] == "double TARGET_UPDATE=10000 N_STEP=2"
 
 
 def test_a_run_that_fails_is_reported_with_its_last_words_and_the_others_go_on(

@@ -497,7 +497,7 @@ def test_a_terminal_without_columns_gets_lines(parts, terminal, clock):
 )
 def test_a_busy_processor_is_told_where_threads_would_wait_for_each_other(monkeypatch, load, threads, device, told):
     monkeypatch.setattr(os, "getloadavg", lambda: (load, 9.0, 9.0))
-    monkeypatch.setattr(utils_log.utils_machine, "count_cores", lambda: 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     told_device = {"device": "one", "precision": "float32"}
     monkeypatch.setattr(utils_log.utils_machine, "describe_device", lambda *_: told_device)

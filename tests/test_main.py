@@ -762,9 +762,9 @@ def test_pictures_of_an_earlier_run_are_not_mixed_with_new_ones(monkeypatch, tmp
 
 def test_the_smallest_memory_that_is_accepted_survives_the_restarts_at_checkpoints(tiny_run):
     small = {"NUM_ENVS": 2, "N_STEP": 3, "WARM_STEPS": 8, "PRIORITIZED": True, "POLICY_UPDATE": 1, "EVALUATE_FREQ": 400}
-    with pytest.raises(utils_config.ConfigError, match=r"MEM_SIZE \(15\) is too small .* it must be at least 16"):
-        tiny_run(**small, MEM_SIZE=15)
-    assert tiny_run(**small, MEM_SIZE=16, CHECKPOINT_FREQ=50).models == ["model_000", "model_001"]
+    with pytest.raises(utils_config.ConfigError, match=r"MEM_SIZE \(17\) is too small .* it must be at least 18"):
+        tiny_run(**small, MEM_SIZE=17)
+    assert tiny_run(**small, MEM_SIZE=18, CHECKPOINT_FREQ=50).models == ["model_000", "model_001"]
 
 
 @pytest.mark.parametrize(("frames", "enough"), [(18_000, 4_500), (2_000, 500), (108_000, 27_000), (10**6, 27_000)])
