@@ -74,7 +74,7 @@ CHECKPOINT_FREQ: int = 1_000_000  # steps between checkpoints, from which the sa
 
 # The machine
 DEVICE: str = "auto"  # cuda when there is one, else mps, else cpu
-THREADS: int = 0  # of the learner; 0: one with a GPU, else one per core; 1 where other programs need the cores too
+THREADS: int = 0  # of the learner; 0: one with a GPU, else one per core or what its quota allows; 1 beside other work
 PRECISION: str = "auto"  # arithmetic of the networks: float32, bfloat16, or bfloat16 where the hardware is made for it
 CUDA_GRAPHS: bool = True  # on a GPU: record its work of a step once and replay it; False is the plain path
 

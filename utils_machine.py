@@ -63,7 +63,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def prepare(device: torch.device, precision: str, threads: int) -> torch.dtype:
-    """Set up the process for training on `device` with `threads` threads, and return the arithmetic `precision`."""
+    """Set up the process for training on `device`, and return the arithmetic `precision`.
+
+    With `threads` threads of torch; 0: one beside a GPU, else as many as torch has, but no more than cores to use.
+    """
     keep_freed_memory()
     # Beside a GPU torch has little to do on the CPU, and its idle threads keep the emulators' cores busy: with 16 of
     # them a run took twice as long.

@@ -104,8 +104,6 @@ def claim(values: dict, stack: contextlib.ExitStack) -> tuple[Record, Record | N
         _lock(new.models, stack)
     if made:
         stack.callback(_remove_empty, new.models)  # while it is still locked, or it could be another run's
-    if change and there.models.is_dir() and not any(there.models.samefile(place) for place in (".", new.models)):
-        _lock(there.models, stack)
     results = saved(new.models) if there else _results(new.models)
     if results and not (there and there.owns_models and there.models.samefile(new.models)):
         raise ConfigError(f"{results[0]} is from another run; {ELSEWHERE}")
@@ -114,16 +112,21 @@ def claim(values: dict, stack: contextlib.ExitStack) -> tuple[Record, Record | N
     return (new, there) if change else (there or new, None)
 
 
-def discard(record: Record) -> None:
-    """Remove the run of `record`, which `claim` has found to make way. Raises OSError for what is not the run's.
+def discard(record: Record, models: Path) -> None:
+    """Remove the run of `record`, which `claim` has found to make way for one with these `models`, locked by now.
 
-    The record goes last, so that the next start ends what is cut off here.
+    The record goes last, so that the next start ends what is cut off here. Raises ConfigError where another run is at
+    work among the old models, and OSError for what is not the run's.
     """
-    for path in _results(record.models if record.owns_models else None):
-        remove(path)
-    if record.owns_models:
-        (record.models / OWNER).unlink()
-    RECORD.unlink()
+    with contextlib.ExitStack() as stack:
+        owned = record.models if record.owns_models else None
+        if owned and not any(owned.samefile(locked) for locked in (".", models)):
+            _lock(owned, stack)
+        for path in _results(owned):
+            remove(path)
+        if owned:
+            (owned / OWNER).unlink()
+        RECORD.unlink()
 
 
 def changed(before: dict, now: dict) -> str:

@@ -54,9 +54,6 @@ def open_run(constants: dict, device: torch.device, memory: type[ReplayMemory]) 
         except OSError as error:
             told = f"cannot write to {error.filename}: {error.strerror} (SAVE_PREFIX {constants['SAVE_PREFIX']})"
             raise ConfigError(told) from None
-        if replaced:
-            change = changed(replaced.constants, constants)
-            print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
         run = Run(record, replaced, constants, device, storage, room)
         show = threading.excepthook
         stack.callback(setattr, threading, "excepthook", show)  # the curves' thread hands its OSError on to the log
@@ -123,7 +120,7 @@ class Run:
         self._agent, self._memory = agent, memory
         if self._replaced:
             self._abort = False
-            discard(self._replaced)
+            self._take_its_place(self._replaced)
         refused, good = {}, None
         for path in reversed(checkpoints(self.models)):
             print(f"reading {path}", file=sys.stderr)
@@ -155,6 +152,15 @@ class Run:
         self._record.write()
         self._resumed = True
         return self.step
+
+    def _take_its_place(self, replaced: Record) -> None:
+        change = changed(replaced.constants, self.constants)
+        print(f"the run in this directory had {change}, and no results: a new one takes its place", file=sys.stderr)
+        try:
+            discard(replaced, self.models)
+        except OSError as error:
+            told = f"cannot remove {error.filename}: {error.strerror}; mend that and give the same command again"
+            raise ConfigError(told) from None
 
     @property
     def is_evaluated(self) -> bool:

@@ -26,7 +26,7 @@ echo "a million steps of Breakout took $((SECONDS - start)) s, evaluations inclu
 cat rewards.txt
 rm -f models/checkpoint_*  # the loops below want its room for theirs
 
-cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+cores=$(PYTHONPATH=$root python -c 'import utils_machine; print(utils_machine.count_cores())')
 for games in 32 64; do
     for threads in $((cores - 1)) "$cores"; do
         name=trained-$games-games-$threads-threads

@@ -11,6 +11,7 @@ date.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -138,7 +139,7 @@ def open_table(asked: argparse.Namespace, constants: list[str]) -> list[Run]:
 def label(recipe: str, constants: list[str]) -> str:
     """What a run of `recipe` with these `constants` besides is called in tables, or it would take the place of another.
 
-    Those of them that change what is learned belong to its name.
+    Those of them that may not change within a run belong to its name.
     """
     plain, changed = resolve(flags(RECIPES[recipe])), resolve([*flags(RECIPES[recipe]), *constants])
     others = (name for name in plain if name not in FREE and changed[name] != plain[name])
@@ -169,7 +170,7 @@ def open_run(directory: Path, recipe: str, arguments: list[str]) -> Run:
         for name, value in record["constants"].items():
             if name not in ("THREADS", "MAX_STEPS") and constants.get(name) != value:
                 raise ValueError(f"{directory} has {name} {value}, not {constants.get(name)}; choose another --out")
-        record["constants"]["MAX_STEPS"] = constants["MAX_STEPS"]
+        record["constants"]["MAX_STEPS"], record["recipe"] = constants["MAX_STEPS"], recipe
         return Run(directory, record, arguments)
     if directory.exists():
         raise ValueError(f"{directory} is there already, without a learning.json; choose another --out")
@@ -275,8 +276,15 @@ def evaluate(run: Run, steps: int) -> None:
     print(f"{run.directory.name}: strict, step {steps:,}: {means}", file=sys.stderr)
 
 
+def leave(*_) -> None:
+    """Stop the runs, as Ctrl-C does. Hangups come in pairs."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup lets a lost terminal be
-            signal.signal(number, signal.default_int_handler)  # stops the runs as Ctrl-C does
-    sys.exit(bench())
+            signal.signal(number, leave)
+    with contextlib.redirect_stderr(utils_config.Audience(sys.stderr)):  # the terminal may be gone
+        sys.exit(bench())

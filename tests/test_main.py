@@ -392,12 +392,13 @@ def test_the_readme_names_every_constant_with_its_default():
     }
 
 
-def test_the_learner_has_as_many_threads_as_it_is_given(tiny_run):
+def test_the_learner_has_as_many_threads_as_it_is_given(monkeypatch, tiny_run):
+    monkeypatch.setattr(utils_machine, "count_cores", lambda: 4)  # whatever this machine has
     try:
         tiny_run(**TABLE, MAX_STEPS=8, THREADS=3)
         assert torch.get_num_threads() == 3
         tiny_run(**TABLE, MAX_STEPS=8, THREADS=0)
-        assert torch.get_num_threads() == 3, "0 leaves the choice to torch"
+        assert torch.get_num_threads() == 3, "0 leaves the choice to torch, where there are as many cores"
     finally:
         torch.set_num_threads(1)
 
@@ -727,7 +728,7 @@ def test_many_cores_leave_one_to_the_thread_that_feeds_a_gpu(monkeypatch, device
     ("device", "threads", "cores", "used"),
     [("cuda", 0, 2, 1), ("cuda", 3, 2, 3), ("cpu", 0, 2, 2), ("cpu", 0, 1, 1), ("cpu", 0, 9, 2), ("cpu", 3, 2, 3)],
 )
-def test_beside_a_gpu_the_learner_leaves_the_cores_to_the_emulators(monkeypatch, device, threads, cores, used):
+def test_the_learner_has_one_thread_beside_a_gpu_else_no_more_than_the_cores(monkeypatch, device, threads, cores, used):
     monkeypatch.setattr(utils_machine, "count_cores", lambda: cores)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)  # undone after the test
     monkeypatch.setattr(utils_machine, "keep_freed_memory", lambda: None)

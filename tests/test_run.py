@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import io
 import json
@@ -1063,6 +1064,43 @@ def test_a_run_that_is_to_make_way_stays_until_the_new_one_begins(elsewhere):
     assert sorted(map(str, files())) == sorted([f"{models}/run.id", "run.json"])
 
 
+@pytest.mark.parametrize("number", [1, 6, 11])
+@pytest.mark.usefixtures("begun")
+def test_a_signal_while_a_run_is_removed_waits_for_the_new_one(monkeypatch, number):
+    def begin() -> None:
+        with utils_run.open_run(constants(GAMMA=0.5), CPU, ReplayMemory) as run:
+            run.resume(Part(), Part())
+            with run.interruptible():
+                pass
+
+    at_call(monkeypatch, Path, "unlink", number, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(utils_config.Stopped, match="stopped before the first step by SIGTERM"):
+        begin()
+    assert sorted(map(str, files())) == ["models/run.id", "run.json"]
+
+
+@pytest.mark.usefixtures("begun")
+def test_the_models_of_a_run_that_makes_way_are_locked_while_they_are_removed_and_no_longer():
+    def lock() -> int:
+        handle = os.open("models", os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+
+    before, new = files(), constants(SAVE_PREFIX="other")
+    other = lock()  # as of another run
+    with (
+        pytest.raises(utils_config.ConfigError, match=r"another run is at work in .*/models"),
+        utils_run.open_run(new, CPU, ReplayMemory) as run,
+    ):
+        run.resume(Part(), Part())
+    assert files() == before
+    os.close(other)
+    with contextlib.suppress(Killed), utils_run.open_run(new, CPU, ReplayMemory) as run:
+        run.resume(Part(), Part())
+        os.close(lock())
+        raise Killed
+
+
 @pytest.mark.usefixtures("begun")
 def test_a_run_makes_no_way_for_one_whose_models_would_lie_among_anothers():
     Path("other").mkdir()
@@ -1113,7 +1151,7 @@ def test_models_of_another_run_in_a_shared_place_are_neither_overwritten_nor_rem
 @pytest.mark.usefixtures("begun")
 def test_nothing_that_a_run_did_not_write_is_removed_with_it():
     Path("curves/mine").touch()
-    with pytest.raises(utils_config.Stopped, match="cannot write curves: Directory not empty"):
+    with pytest.raises(utils_config.ConfigError, match="cannot remove curves: Directory not empty; mend that and"):
         write(20, GAMMA=0.5)
     Path("curves/mine").unlink()  # fails if it is not there
     write(20, GAMMA=0.5)
