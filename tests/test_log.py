@@ -525,6 +525,12 @@ def test_a_terminal_gets_a_bar_with_a_clean_line_per_evaluation_above_it(parts, 
     assert "evaluation score 1.5, best 2.0" in lines[-1]
 
 
+def test_scores_of_millions_are_written_out(parts, capsys):
+    with parts.log() as log:
+        parts.evaluate(log, 2_000, 0.0, 2_469_134.0)
+    assert "of 2 games, 0 to 2,469,134; best" in capsys.readouterr().err
+
+
 def test_eighty_columns_hold_all_that_is_asked_for(parts, terminal, clock):
     stderr = terminal(80)
     parts.agent.epsilon = 0.0123
