@@ -187,6 +187,16 @@ def assert_answers(batch, naive):
         assert any(np.array_equal(given, stack) for stack in allowed)
 
 
+def test_two_rows_more_than_a_stack_and_a_window_always_leave_something_to_draw():
+    memory = PrioritizedReplayMemory(4 + 3 + 2, 1, stack_size=4, n_step=3, frame_shape=(1, 1))
+    for number, age in enumerate([0, 1, 2, *[3] * 20, 0, 0, 1, 2, *[3] * 20]):  # a game ends, and then all restart
+        one = torch.ones(1, dtype=torch.int64)
+        frame = torch.zeros(1, 1, 1, dtype=torch.uint8)
+        memory.push(Transition(frame, one, torch.zeros(1), torch.tensor([number == 22]), age * one))
+        if number > 9:
+            memory.sample(4)
+
+
 # ---- the differential test ----
 
 
